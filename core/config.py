@@ -1,0 +1,158 @@
+"""Every configuration key, its default and what it does.
+
+The key names are those of pycls and of the published DOLG code, so old YAML files load as they are. Where a default
+differs from the published one the comment says so. Paths are relative to the working directory.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from core.config_checks import check
+from core.config_values import ConfigError, merge_overrides, merge_yaml
+
+_C = CfgNode()
+
+# --------------------------------------------------------------------------------------------------------- model
+_C.MODEL = CfgNode()
+_C.MODEL.TYPE = "resnet"  # the only backbone family
+_C.MODEL.DEPTH = 50  # 18, 34, 50, 101 or 152
+_C.MODEL.NUM_CLASSES = 81313  # landmarks of the training list; GLDv2-clean has 81,313
+_C.MODEL.S3_DIM = 1024  # channels of f3, the input of the local branch (256 for ResNet-18/34)
+_C.MODEL.S4_DIM = 2048  # channels of f4, the input of the global branch (512 for ResNet-18/34)
+_C.MODEL.WITH_MA = False  # multi-atrous module in the local branch; the paper's model has it
+_C.MODEL.FUSION = "orthogonal"  # orthogonal (DOLG) | global (GeM and fc alone, the baseline to compare with)
+
+_C.MODEL.GEM = CfgNode()
+_C.MODEL.GEM.P = 3.0  # power of the generalised mean (where training starts, if it is trained)
+_C.MODEL.GEM.TRAINABLE = True  # the release trains p; the paper holds it at 3
+
+_C.MODEL.HEADS = CfgNode()
+_C.MODEL.HEADS.CLS_LAYER = "arcface"  # arcface | curricularface (the release's) | cosine; `linear` was never read
+_C.MODEL.HEADS.IN_FEAT = 2048  # input of fc: 2 * S3_DIM for the orthogonal fusion, S4_DIM for the global one
+_C.MODEL.HEADS.REDUCTION_DIM = 512  # dimension of the descriptor
+_C.MODEL.HEADS.MARGIN = 0.15  # angular margin m in radians
+_C.MODEL.HEADS.SCALE = 128.0  # scale s of the logits; the paper and all our recipes use 30
+
+_C.MODEL.LOSSES = CfgNode()
+_C.MODEL.LOSSES.NAME = "cross_entropy"  # the only loss
+
+_C.RESNET = CfgNode()
+_C.RESNET.TRANS_FUN = "bottleneck_transform"  # basic_transform for depth 18 and 34 (the release's default, for all)
+_C.RESNET.NUM_GROUPS = 1  # groups of the 3x3 convolution; more than 1 makes a ResNeXt
+_C.RESNET.WIDTH_PER_GROUP = 64  # 64 for ResNet, 4 for ResNeXt 32x4d
+_C.RESNET.STRIDE_1X1 = True  # stride in the 1x1 convolution; every published weight file needs False
+
+# --------------------------------------------------------------------------------------------------- batch norm
+_C.BN = CfgNode()
+_C.BN.EPS = 1e-5
+_C.BN.MOM = 0.1  # weight of the batch in the running average
+_C.BN.USE_PRECISE_STATS = False  # before validation, replace the running average by that of NUM_SAMPLES_PRECISE images
+_C.BN.NUM_SAMPLES_PRECISE = 1024
+_C.BN.ZERO_INIT_FINAL_GAMMA = False  # start every residual block as the identity
+_C.BN.USE_CUSTOM_WEIGHT_DECAY = False  # give batch-norm parameters a weight decay of their own
+_C.BN.CUSTOM_WEIGHT_DECAY = 0.0
+
+# --------------------------------------------------------------------------------------------------- optimisation
+_C.OPTIM = CfgNode()
+_C.OPTIM.BASE_LR = 0.1
+_C.OPTIM.LR_POLICY = "cos"  # cos | steps | exp; the rate is set once an epoch
+_C.OPTIM.GAMMA = 0.1  # factor an epoch of the exp policy
+_C.OPTIM.STEPS = [0, 30, 60, 90]  # first epochs of the steps policy's stages; the first is 0
+_C.OPTIM.LR_MULT = 0.1  # factor a stage of the steps policy
+_C.OPTIM.MAX_EPOCH = 200  # 0 writes the untrained network as model_epoch_0000.pyth and ends
+_C.OPTIM.MOMENTUM = 0.9
+_C.OPTIM.DAMPENING = 0.0
+_C.OPTIM.NESTEROV = True
+_C.OPTIM.WEIGHT_DECAY = 5e-4
+_C.OPTIM.WARMUP_FACTOR = 0.1  # the warm-up starts at this fraction of the rate
+_C.OPTIM.WARMUP_EPOCHS = 0  # length of the linear warm-up
+
+# ------------------------------------------------------------------------------------------------------- training
+_C.TRAIN = CfgNode()
+_C.TRAIN.DATASET = "landmark"  # folder in DATA_LOADER.DATA_DIR
+_C.TRAIN.SPLIT = "train_list.txt"  # list file in that folder, `path label` a line
+_C.TRAIN.BATCH_SIZE = 128  # images a step over all processes together
+_C.TRAIN.IM_SIZE = 224  # side of the square crop, pixels
+_C.TRAIN.EVAL_PERIOD = 1  # validate every so many epochs, and after the last
+_C.TRAIN.CHECKPOINT_PERIOD = 1  # save every so many epochs, and after the last
+_C.TRAIN.AUTO_RESUME = True  # go on from OUT_DIR's newest checkpoint (the release's default was False)
+_C.TRAIN.WEIGHTS = ""  # initial weights: a file or an http(s) address
+
+# --------------------------------------------------------------------------------- validation and tested weights
+_C.TEST = CfgNode()
+_C.TEST.DATASET = "landmark"
+_C.TEST.SPLIT = "val_list.txt"  # empty: no validation
+_C.TEST.BATCH_SIZE = 200
+_C.TEST.IM_SIZE = 256  # the shorter side is scaled to this, then a TRAIN.IM_SIZE square is cut from the centre
+_C.TEST.WEIGHTS = ""  # weights to extract with; empty: the newest checkpoint in OUT_DIR
+
+_C.DATA_LOADER = CfgNode()
+_C.DATA_LOADER.DATA_DIR = "datasets/data"  # lists are at DATA_DIR/<DATASET>/<SPLIT>
+_C.DATA_LOADER.NUM_WORKERS = 4  # loader processes for each training process
+_C.DATA_LOADER.PIN_MEMORY = True  # page-locked batches, for faster copies to the GPU
+
+# ----------------------------------------------------------------------------------------------------- extraction
+_C.INFER = CfgNode()
+_C.INFER.DATASETS = ["roxford5k", "rparis6k"]  # Revisited sets to extract and score
+_C.INFER.DATA_DIR = "datasets/data"  # a set is DATA_DIR/<name>/gnd_<name>.pkl and DATA_DIR/<name>/jpg/
+_C.INFER.IMAGES = ""  # a folder of images without ground truth, extracted in place of the sets
+_C.INFER.CROP_QUERY = True  # crop queries to their box (the protocol); False for the other published numbers
+_C.INFER.SCALES = [0.3535, 0.5, 0.7071, 1.0, 1.4142]
+_C.INFER.TOTAL_NUM = 1  # shards the images are split into (the release's default was 4)
+_C.INFER.CUT_NUM = 1  # this process's shard, 1 .. TOTAL_NUM
+
+# --------------------------------------------------------------------------------------------------------- devices
+_C.NUM_GPUS = 1  # one process a GPU; 0 is the CPU. Under torchrun its process count decides, this only GPU or CPU
+_C.DIST_BACKEND = "nccl"  # between GPUs; on the CPU it is always gloo
+_C.HOST = "localhost"  # where the processes started by train.py itself meet
+_C.PORT = 10001
+_C.CUDNN = CfgNode()
+_C.CUDNN.BENCHMARK = True  # let cuDNN time its algorithms: faster for training's fixed size, not bit-reproducible
+_C.MEM = CfgNode()
+_C.MEM.RELU_INPLACE = True
+
+# ---------------------------------------------------------------------------------------------------------- output
+_C.OUT_DIR = "./output"  # checkpoints, logs, features and scores of this run (the release's default was /tmp)
+_C.CFG_DEST = "config.yaml"  # the configuration in effect, written to OUT_DIR
+_C.LOG_DEST = "stdout"  # stdout | file (OUT_DIR/stdout.log)
+_C.LOG_PERIOD = 10  # iterations between log lines
+_C.RNG_SEED = 1
+_C.DOWNLOAD_CACHE = "~/.cache/dolg"  # where weights given by address are kept
+
+
+def get_cfg() -> CfgNode:
+    """Return a fresh, unfrozen copy of the defaults."""
+    return _C.clone()
+
+
+def load_cfg(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> CfgNode:
+    """Merge a YAML file and `KEY VALUE ...` overrides into the defaults, check the result and freeze it.
+
+    Keys that have no effect here are reported on stderr. Raises `ConfigError` for a missing or malformed file,
+    unknown keys, values of a wrong type and settings that contradict each other.
+    """
+    cfg = get_cfg()
+    notes = merge_yaml(cfg, Path(path)) if path is not None else []
+    notes += merge_overrides(cfg, list(overrides))
+    check(cfg)
+    cfg.freeze()
+    if os.environ.get("RANK", "0") == "0":
+        for note in dict.fromkeys(notes):
+            print(f"note: {note}", file=sys.stderr)
+    return cfg
+
+
+def load_cfg_from_args(description: str, argv: list[str] | None = None) -> CfgNode:
+    """Parse `--cfg FILE [KEY VALUE ...]`; see `load_cfg`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of settings")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="settings that win over FILE")
+    args = parser.parse_args(argv)
+    return load_cfg(args.cfg, args.overrides)
+
+
+__all__ = ["ConfigError", "get_cfg", "load_cfg", "load_cfg_from_args"]

@@ -1,0 +1,128 @@
+"""Settings that cannot work, or contradict each other, are refused before anything starts."""
+
+import math
+
+from yacs.config import CfgNode
+
+from core.config_values import ConfigError
+
+BASIC_DEPTHS = (18, 34)
+BOTTLENECK_DEPTHS = (50, 101, 152)
+CHOICES = {
+    "MODEL.TYPE": ("resnet",),
+    "MODEL.DEPTH": BASIC_DEPTHS + BOTTLENECK_DEPTHS,
+    "MODEL.FUSION": ("orthogonal", "global"),
+    "MODEL.HEADS.CLS_LAYER": ("arcface", "curricularface", "cosine"),
+    "MODEL.LOSSES.NAME": ("cross_entropy",),
+    "RESNET.TRANS_FUN": ("basic_transform", "bottleneck_transform"),
+    "OPTIM.LR_POLICY": ("cos", "steps", "exp"),
+    "LOG_DEST": ("stdout", "file"),
+    "DIST_BACKEND": ("nccl", "gloo"),
+}
+AT_LEAST_ONE = (
+    "MODEL.NUM_CLASSES",
+    "MODEL.HEADS.REDUCTION_DIM",
+    "RESNET.NUM_GROUPS",
+    "RESNET.WIDTH_PER_GROUP",
+    "BN.NUM_SAMPLES_PRECISE",
+    "TRAIN.BATCH_SIZE",
+    "TRAIN.EVAL_PERIOD",
+    "TRAIN.CHECKPOINT_PERIOD",
+    "TEST.BATCH_SIZE",
+    "LOG_PERIOD",
+    "INFER.TOTAL_NUM",
+)
+NOT_NEGATIVE = (
+    "OPTIM.BASE_LR",
+    "OPTIM.MAX_EPOCH",
+    "OPTIM.MOMENTUM",
+    "OPTIM.WEIGHT_DECAY",
+    "OPTIM.WARMUP_EPOCHS",
+    "BN.CUSTOM_WEIGHT_DECAY",
+    "MODEL.HEADS.MARGIN",
+    "DATA_LOADER.NUM_WORKERS",
+    "NUM_GPUS",
+    "RNG_SEED",
+)
+POSITIVE = ("MODEL.GEM.P", "MODEL.HEADS.SCALE", "BN.EPS", "OPTIM.GAMMA", "OPTIM.LR_MULT", "OPTIM.WARMUP_FACTOR")
+# f4 has stride 32: a smaller crop leaves less than one position of it.
+MIN_IM_SIZE = 32
+
+
+def check(cfg: CfgNode) -> None:
+    """Raise `ConfigError` naming the key and the mend for the first setting that cannot work."""
+    for key, choices in CHOICES.items():
+        if _get(cfg, key) not in choices:
+            raise ConfigError(f"{key} {_get(cfg, key)} is not one of: {', '.join(map(str, choices))}")
+    for keys, low, words in ((AT_LEAST_ONE, 1, "at least 1"), (NOT_NEGATIVE, 0, "0 or more")):
+        for key in keys:
+            if not low <= _get(cfg, key) < math.inf:
+                raise ConfigError(f"{key} is {_get(cfg, key)}, it must be {words}")
+    for key in POSITIVE:
+        if not 0 < _get(cfg, key) < math.inf:
+            raise ConfigError(f"{key} is {_get(cfg, key)}, it must be above 0")
+    if not cfg.OUT_DIR:
+        raise ConfigError("OUT_DIR is empty, name the folder for this run's output")
+    if not 0 < cfg.PORT < 65536:
+        raise ConfigError(f"PORT is {cfg.PORT}, it must be 1 to 65535")
+    _check_model(cfg)
+    _check_training(cfg)
+    _check_extraction(cfg)
+
+
+def _check_model(cfg: CfgNode) -> None:
+    depth, basic = cfg.MODEL.DEPTH, cfg.MODEL.DEPTH in BASIC_DEPTHS
+    needed = "basic_transform" if basic else "bottleneck_transform"
+    if needed != cfg.RESNET.TRANS_FUN:
+        raise ConfigError(f"MODEL.DEPTH {depth} needs RESNET.TRANS_FUN {needed}, not {cfg.RESNET.TRANS_FUN}")
+    if basic and (cfg.RESNET.NUM_GROUPS, cfg.RESNET.WIDTH_PER_GROUP) != (1, 64):
+        raise ConfigError(f"MODEL.DEPTH {depth} has basic blocks: RESNET.NUM_GROUPS 1 and WIDTH_PER_GROUP 64 only")
+    s3, s4 = (256, 512) if basic else (1024, 2048)
+    if (cfg.MODEL.S3_DIM, cfg.MODEL.S4_DIM) != (s3, s4):
+        raise ConfigError(
+            f"MODEL.S3_DIM {cfg.MODEL.S3_DIM} and S4_DIM {cfg.MODEL.S4_DIM} do not fit: "
+            f"a ResNet-{depth} has S3_DIM {s3} and S4_DIM {s4}"
+        )
+    in_feat = 2 * s3 if cfg.MODEL.FUSION == "orthogonal" else s4
+    if in_feat != cfg.MODEL.HEADS.IN_FEAT:
+        raise ConfigError(
+            f"MODEL.HEADS.IN_FEAT {cfg.MODEL.HEADS.IN_FEAT} does not fit: "
+            f"a ResNet-{depth} with MODEL.FUSION {cfg.MODEL.FUSION} needs {in_feat}"
+        )
+    if cfg.MODEL.FUSION == "global" and cfg.MODEL.WITH_MA:
+        raise ConfigError("MODEL.FUSION global has no local branch: set MODEL.WITH_MA False")
+    if not cfg.MODEL.HEADS.MARGIN < math.pi / 2:
+        raise ConfigError(f"MODEL.HEADS.MARGIN {cfg.MODEL.HEADS.MARGIN} is in radians and must be below pi/2")
+
+
+def _check_training(cfg: CfgNode) -> None:
+    if cfg.TRAIN.IM_SIZE < MIN_IM_SIZE:
+        raise ConfigError(f"TRAIN.IM_SIZE is {cfg.TRAIN.IM_SIZE}, the network needs at least {MIN_IM_SIZE} pixels")
+    if cfg.TEST.IM_SIZE < cfg.TRAIN.IM_SIZE:
+        raise ConfigError(
+            f"TEST.IM_SIZE {cfg.TEST.IM_SIZE} is below TRAIN.IM_SIZE {cfg.TRAIN.IM_SIZE}: "
+            "the centre crop would not fit, raise TEST.IM_SIZE"
+        )
+    processes = max(cfg.NUM_GPUS, 1)
+    if cfg.TRAIN.BATCH_SIZE % processes:
+        raise ConfigError(f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} does not divide by NUM_GPUS {cfg.NUM_GPUS}")
+    steps = cfg.OPTIM.STEPS
+    if cfg.OPTIM.LR_POLICY == "steps" and (not steps or steps[0] != 0 or steps != sorted(set(steps))):
+        raise ConfigError(f"OPTIM.STEPS {steps} must be ascending epochs that begin with 0")
+    if cfg.OPTIM.NESTEROV and (cfg.OPTIM.MOMENTUM == 0 or cfg.OPTIM.DAMPENING != 0):
+        raise ConfigError("OPTIM.NESTEROV needs OPTIM.MOMENTUM above 0 and OPTIM.DAMPENING 0")
+
+
+def _check_extraction(cfg: CfgNode) -> None:
+    if not 1 <= cfg.INFER.CUT_NUM <= cfg.INFER.TOTAL_NUM:
+        raise ConfigError(f"INFER.CUT_NUM is {cfg.INFER.CUT_NUM}, it must be 1 to INFER.TOTAL_NUM {cfg.INFER.TOTAL_NUM}")
+    if not cfg.INFER.SCALES or not all(0 < scale < math.inf for scale in cfg.INFER.SCALES):
+        raise ConfigError(f"INFER.SCALES {cfg.INFER.SCALES} must be numbers above 0")
+    if len(set(cfg.INFER.DATASETS)) != len(cfg.INFER.DATASETS):
+        raise ConfigError(f"INFER.DATASETS {cfg.INFER.DATASETS} names a set twice")
+
+
+def _get(cfg: CfgNode, key: str):
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg

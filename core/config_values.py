@@ -1,0 +1,156 @@
+"""Reading values into a configuration: YAML files and `KEY VALUE` overrides, typed by the default they replace.
+
+YACS' own merge stops at `OPTIM.BASE_LR 1` (an integer) and names no file; this one says where a value stands.
+"""
+
+import ast
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+# Keys of pycls and of the published YAML files that nothing reads (most were not read there either).
+IGNORED = {
+    "ANYNET": "another backbone family of pycls",
+    "REGNET": "another backbone family of pycls",
+    "EN": "another backbone family of pycls",
+    "PREC_TIME": "pycls' timing mode",
+    "MODEL.S2_DIM": "no branch uses f2",
+    "MODEL.HEADS.NAME": "there is one head layout",
+    "MODEL.HEADS.NUM_CLASSES": "MODEL.NUM_CLASSES is the one that counts",
+    "MODEL.HEADS.POOL_LAYER": "the global branch pools with GeM",
+}
+# What the published configurations say in `CLS_LAYER` without its being read.
+NEVER_READ_CLS_LAYER = "linear"
+
+
+class ConfigError(ValueError):
+    """A configuration the user has to mend; the message is one line."""
+
+
+def merge_yaml(cfg: CfgNode, path: Path) -> list[str]:
+    """Merge a YAML file into `cfg`; return the notes about keys without effect."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file (see configs/)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration file: {_one_line(error)}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys to values, this is a {type(tree).__name__}")
+    return _merge_tree(cfg, tree, "", str(path))
+
+
+def _merge_tree(cfg: CfgNode, tree: dict, prefix: str, source: str) -> list[str]:
+    notes = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key not in IGNORED and isinstance(value, dict) and isinstance(_find(cfg, key), CfgNode):
+            notes += _merge_tree(cfg, value, f"{key}.", source)
+        else:
+            notes += _set(cfg, key, value, source)
+    return notes
+
+
+def merge_overrides(cfg: CfgNode, overrides: list[str]) -> list[str]:
+    """Merge `KEY VALUE KEY VALUE ...` from a command line into `cfg`; return the notes."""
+    if len(overrides) % 2:
+        raise ConfigError(f"settings are given as KEY VALUE pairs, but {overrides[-1]!r} stands alone")
+    notes = []
+    for key, text in zip(overrides[::2], overrides[1::2], strict=True):
+        default = _find(cfg, key)
+        value = text if isinstance(default, str) else _literal(text)
+        notes += _set(cfg, key, value, "the command line")
+    return notes
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _find(cfg: CfgNode, key: str) -> Any:
+    """The value at a dotted key, None where there is none (no default is None)."""
+    node = cfg
+    for name in key.split("."):
+        if not isinstance(node, CfgNode) or name not in node:
+            return None
+        node = node[name]
+    return node
+
+
+def _set(cfg: CfgNode, key: str, value: Any, source: str) -> list[str]:
+    for ignored, why in IGNORED.items():
+        if key == ignored or key.startswith(f"{ignored}."):
+            return [f"{source}: {ignored} is ignored: {why}"]
+    default = _find(cfg, key)
+    if default is None:
+        raise ConfigError(f"{source}: unknown key {key}{_nearest(cfg, key)}")
+    if isinstance(default, CfgNode):
+        raise ConfigError(f"{source}: {key} is a section, give one of its keys: {', '.join(default)}")
+    section, _, name = key.rpartition(".")
+    if key == "MODEL.HEADS.CLS_LAYER" and value == NEVER_READ_CLS_LAYER:
+        return [f"{source}: {key} {value} was never read by the published code; the default {default} is used"]
+    node = _find(cfg, section) if section else cfg
+    node[name] = _typed(default, value, key, source)
+    return []
+
+
+def _nearest(cfg: CfgNode, key: str) -> str:
+    known = list(_keys(cfg)) + list(IGNORED)
+    near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.5)
+    if not near:  # the right name in the wrong section
+        near = [k for k in known if k.rpartition(".")[2] == key.upper().rpartition(".")[2]][:1]
+    return f"; did you mean {near[0]}?" if near else "; core/config.py lists all keys"
+
+
+def _keys(cfg: CfgNode, prefix: str = ""):
+    for name, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _typed(default: Any, value: Any, key: str, source: str) -> Any:
+    """`value` as the type of `default`, without losing anything."""
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+    elif isinstance(default, int):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(default, float):
+        # PyYAML reads 1e-4 (no dot) as text.
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif isinstance(default, str):
+        if isinstance(value, str):
+            return value
+    elif isinstance(default, list):
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, list | tuple):
+            return [_typed(default[0], item, key, source) for item in value]
+        return [_typed(default[0], value, key, source)]
+    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    raise ConfigError(f"{source}: {key} takes {expected[type(default)]}, not {value!r}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

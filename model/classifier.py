@@ -1,0 +1,23 @@
+"""The network as it is trained: descriptor and classification head in one forward, as DDP wants it."""
+
+from torch import Tensor
+
+from model.dolg import DOLG
+from model.margin import CosineHead
+from model.resnet import ResNet
+
+
+class Classifier(DOLG):
+    """DOLG with a head `desc_cls` on its descriptor.
+
+    A subclass rather than a wrapper, so that the parameters keep the flat names of the published weights. Inference
+    uses `DOLG` and needs neither head nor labels.
+    """
+
+    def __init__(self, backbone: ResNet, head: CosineHead, **descriptor):
+        super().__init__(backbone, **descriptor)
+        self.desc_cls = head
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W] -> logits [B, classes]: with the head's margin given labels [B], else plain cosines."""
+        return self.desc_cls(super().forward(images), labels)

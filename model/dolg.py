@@ -1,0 +1,58 @@
+"""DOLG: an image -> one descriptor (Yang et al., DOLG: Single-Stage Image Retrieval with Deep Orthogonal Fusion of
+Local and Global Features, ICCV 2021, https://arxiv.org/abs/2108.02927).
+
+Parameter names are those of the published weights: globalmodel, localmodel, pool_g, fc_t, fc.
+"""
+
+from torch import Tensor, nn
+
+from model.attention import LocalBranch
+from model.fusion import orthogonal_fusion
+from model.gem import GeM
+from model.resnet import ResNet
+
+
+class DOLG(nn.Module):
+    """Descriptor network.
+
+    Args:
+        backbone: gives f3 and f4.
+        dim: dimension of the descriptor.
+        with_ma: multi-atrous module in the local branch.
+        fusion: `orthogonal` (DOLG), or `global` for GeM and `fc` alone, the baseline without local branch.
+        gem_p: power of the generalised mean; trained from there if `gem_trainable`.
+    """
+
+    def __init__(
+        self,
+        backbone: ResNet,
+        *,
+        dim: int = 512,
+        with_ma: bool = False,
+        fusion: str = "orthogonal",
+        gem_p: float = 3.0,
+        gem_trainable: bool = True,
+        bn_eps: float = 1e-5,
+        bn_momentum: float = 0.1,
+    ):
+        super().__init__()
+        assert fusion in ("orthogonal", "global"), fusion
+        f3_dim, f4_dim = backbone.widths[2:]
+        self.pool_g = GeM(gem_p, trainable=gem_trainable)
+        self.globalmodel = backbone
+        self.localmodel = self.fc_t = None
+        fused_dim = f4_dim
+        if fusion == "orthogonal":
+            self.fc_t = nn.Linear(f4_dim, f3_dim)
+            self.localmodel = LocalBranch(f3_dim, with_ma=with_ma, bn_eps=bn_eps, bn_momentum=bn_momentum)
+            fused_dim = 2 * f3_dim
+        self.fc = nn.Linear(fused_dim, dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised BGR images [B, 3, H, W] -> descriptors [B, dim], not normalised."""
+        f3, f4 = self.globalmodel(images)
+        pooled = self.pool_g(f4)
+        if self.localmodel is None:
+            return self.fc(pooled)
+        local, _ = self.localmodel(f3)
+        return self.fc(orthogonal_fusion(local, self.fc_t(pooled)))
