@@ -1,0 +1,15 @@
+"""Train DOLG: python train.py --cfg FILE [KEY VALUE ...]"""
+
+from core.config import load_cfg_from_args
+from core.distributed import launch
+from core.environment import entry_point
+from core.trainer import train
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    launch(train, load_cfg_from_args("Train DOLG.", argv))
+
+
+if __name__ == "__main__":
+    main()
