@@ -48,26 +48,26 @@ _C.RESNET.STRIDE_1X1 = True  # stride in the 1x1 convolution; every published we
 
 # --------------------------------------------------------------------------------------------------- batch norm
 _C.BN = CfgNode()
-_C.BN.EPS = 1e-5
+_C.BN.EPS = 1e-5  # added to the variance
 _C.BN.MOM = 0.1  # weight of the batch in the running average
-_C.BN.USE_PRECISE_STATS = False  # before validation, replace the running average by that of NUM_SAMPLES_PRECISE images
-_C.BN.NUM_SAMPLES_PRECISE = 1024
+_C.BN.USE_PRECISE_STATS = False  # before validating and saving, average over NUM_SAMPLES_PRECISE images anew
+_C.BN.NUM_SAMPLES_PRECISE = 1024  # images over all processes together
 _C.BN.ZERO_INIT_FINAL_GAMMA = False  # start every residual block as the identity
 _C.BN.USE_CUSTOM_WEIGHT_DECAY = False  # give batch-norm parameters a weight decay of their own
-_C.BN.CUSTOM_WEIGHT_DECAY = 0.0
+_C.BN.CUSTOM_WEIGHT_DECAY = 0.0  # that decay
 
 # --------------------------------------------------------------------------------------------------- optimisation
 _C.OPTIM = CfgNode()
-_C.OPTIM.BASE_LR = 0.1
+_C.OPTIM.BASE_LR = 0.1  # rate of TRAIN.BATCH_SIZE images a step; it is not scaled with the batch
 _C.OPTIM.LR_POLICY = "cos"  # cos | steps | exp; the rate is set once an epoch
 _C.OPTIM.GAMMA = 0.1  # factor an epoch of the exp policy
 _C.OPTIM.STEPS = [0, 30, 60, 90]  # first epochs of the steps policy's stages; the first is 0
 _C.OPTIM.LR_MULT = 0.1  # factor a stage of the steps policy
 _C.OPTIM.MAX_EPOCH = 200  # 0 writes the untrained network as model_epoch_0000.pyth and ends
-_C.OPTIM.MOMENTUM = 0.9
-_C.OPTIM.DAMPENING = 0.0
-_C.OPTIM.NESTEROV = True
-_C.OPTIM.WEIGHT_DECAY = 5e-4
+_C.OPTIM.MOMENTUM = 0.9  # of SGD
+_C.OPTIM.DAMPENING = 0.0  # of the momentum
+_C.OPTIM.NESTEROV = True  # Nesterov's momentum
+_C.OPTIM.WEIGHT_DECAY = 5e-4  # on every parameter, batch norm and biases included; the recipes use 1e-4
 _C.OPTIM.WARMUP_FACTOR = 0.1  # the warm-up starts at this fraction of the rate
 _C.OPTIM.WARMUP_EPOCHS = 0  # length of the linear warm-up
 
@@ -84,9 +84,9 @@ _C.TRAIN.WEIGHTS = ""  # initial weights: a file or an http(s) address
 
 # --------------------------------------------------------------------------------- validation and tested weights
 _C.TEST = CfgNode()
-_C.TEST.DATASET = "landmark"
+_C.TEST.DATASET = "landmark"  # folder in DATA_LOADER.DATA_DIR
 _C.TEST.SPLIT = "val_list.txt"  # empty: no validation
-_C.TEST.BATCH_SIZE = 200
+_C.TEST.BATCH_SIZE = 200  # images a step of validation over all processes together
 _C.TEST.IM_SIZE = 256  # the shorter side is scaled to this, then a TRAIN.IM_SIZE square is cut from the centre
 _C.TEST.WEIGHTS = ""  # weights to extract with; empty: the newest checkpoint in OUT_DIR
 
@@ -101,7 +101,7 @@ _C.INFER.DATASETS = ["roxford5k", "rparis6k"]  # Revisited sets to extract and s
 _C.INFER.DATA_DIR = "datasets/data"  # a set is DATA_DIR/<name>/gnd_<name>.pkl and DATA_DIR/<name>/jpg/
 _C.INFER.IMAGES = ""  # a folder of images without ground truth, extracted in place of the sets
 _C.INFER.CROP_QUERY = True  # crop queries to their box (the protocol); False for the other published numbers
-_C.INFER.SCALES = [0.3535, 0.5, 0.7071, 1.0, 1.4142]
+_C.INFER.SCALES = [0.3535, 0.5, 0.7071, 1.0, 1.4142]  # an image is described at each, and the mean is taken
 _C.INFER.TOTAL_NUM = 1  # shards the images are split into (the release's default was 4)
 _C.INFER.CUT_NUM = 1  # this process's shard, 1 .. TOTAL_NUM
 
@@ -109,19 +109,19 @@ _C.INFER.CUT_NUM = 1  # this process's shard, 1 .. TOTAL_NUM
 _C.NUM_GPUS = 1  # one process a GPU; 0 is the CPU. Under torchrun its process count decides, this only GPU or CPU
 _C.DIST_BACKEND = "nccl"  # between GPUs; on the CPU it is always gloo
 _C.HOST = "localhost"  # where the processes started by train.py itself meet
-_C.PORT = 10001
+_C.PORT = 10001  # at which port of HOST
 _C.CUDNN = CfgNode()
 _C.CUDNN.BENCHMARK = True  # let cuDNN time its algorithms: faster for training's fixed size, not bit-reproducible
 _C.MEM = CfgNode()
-_C.MEM.RELU_INPLACE = True
+_C.MEM.RELU_INPLACE = True  # overwrite the input of ReLU, which saves memory
 
 # ---------------------------------------------------------------------------------------------------------- output
 _C.OUT_DIR = "./output"  # checkpoints, logs, features and scores of this run (the release's default was /tmp)
 _C.CFG_DEST = "config.yaml"  # the configuration in effect, written to OUT_DIR
 _C.LOG_DEST = "stdout"  # stdout | file (OUT_DIR/stdout.log)
 _C.LOG_PERIOD = 10  # iterations between log lines
-_C.RNG_SEED = 1
-_C.DOWNLOAD_CACHE = "~/.cache/dolg"  # where weights given by address are kept
+_C.RNG_SEED = 1  # of initial weights, sample order and augmentation
+_C.DOWNLOAD_CACHE = "~/.cache/dolg"  # where weights given by address are kept (the release's default was in /tmp)
 
 
 def get_cfg() -> CfgNode:
@@ -135,9 +135,9 @@ def load_cfg(path: str | os.PathLike | None, overrides: list[str] | tuple[str, .
     Keys that have no effect here are reported on stderr. Raises `ConfigError` for a missing or malformed file,
     unknown keys, values of a wrong type and settings that contradict each other.
     """
-    cfg = get_cfg()
-    notes = merge_yaml(cfg, Path(path)) if path is not None else []
-    notes += merge_overrides(cfg, list(overrides))
+    cfg, defaults = get_cfg(), get_cfg()
+    notes = merge_yaml(cfg, Path(path), defaults=defaults) if path is not None else []
+    notes += merge_overrides(cfg, list(overrides), defaults=defaults)
     check(cfg)
     cfg.freeze()
     if os.environ.get("RANK", "0") == "0":

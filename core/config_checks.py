@@ -36,6 +36,7 @@ NOT_NEGATIVE = (
     "OPTIM.BASE_LR",
     "OPTIM.MAX_EPOCH",
     "OPTIM.MOMENTUM",
+    "OPTIM.DAMPENING",
     "OPTIM.WEIGHT_DECAY",
     "OPTIM.WARMUP_EPOCHS",
     "BN.CUSTOM_WEIGHT_DECAY",
@@ -61,6 +62,8 @@ def check(cfg: CfgNode) -> None:
     for key in POSITIVE:
         if not 0 < _get(cfg, key) < math.inf:
             raise ConfigError(f"{key} is {_get(cfg, key)}, it must be above 0")
+    if not 0 <= cfg.BN.MOM <= 1:
+        raise ConfigError(f"BN.MOM is {cfg.BN.MOM}, it must be 0 to 1")
     if not cfg.OUT_DIR:
         raise ConfigError("OUT_DIR is empty, name the folder for this run's output")
     if not 0 < cfg.PORT < 65536:
@@ -106,6 +109,11 @@ def _check_training(cfg: CfgNode) -> None:
     processes = max(cfg.NUM_GPUS, 1)
     if cfg.TRAIN.BATCH_SIZE % processes:
         raise ConfigError(f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} does not divide by NUM_GPUS {cfg.NUM_GPUS}")
+    if cfg.TRAIN.BATCH_SIZE == processes and cfg.TRAIN.IM_SIZE <= MIN_IM_SIZE:
+        raise ConfigError(
+            f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} gives a process one image, and TRAIN.IM_SIZE {cfg.TRAIN.IM_SIZE} "
+            "one position of f4: batch norm needs more than one value, raise either"
+        )
     steps = cfg.OPTIM.STEPS
     if cfg.OPTIM.LR_POLICY == "steps" and (not steps or steps[0] != 0 or steps != sorted(set(steps))):
         raise ConfigError(f"OPTIM.STEPS {steps} must be ascending epochs that begin with 0")

@@ -5,6 +5,7 @@ YACS' own merge stops at `OPTIM.BASE_LR 1` (an integer) and names no file; this 
 
 import ast
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class ConfigError(ValueError):
     """A configuration the user has to mend; the message is one line."""
 
 
-def merge_yaml(cfg: CfgNode, path: Path) -> list[str]:
+def merge_yaml(cfg: CfgNode, path: Path, *, defaults: CfgNode) -> list[str]:
     """Merge a YAML file into `cfg`; return the notes about keys without effect."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -48,29 +49,28 @@ def merge_yaml(cfg: CfgNode, path: Path) -> list[str]:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys to values, this is a {type(tree).__name__}")
-    return _merge_tree(cfg, tree, "", str(path))
+    return _merge_tree(cfg, defaults, tree, "", str(path))
 
 
-def _merge_tree(cfg: CfgNode, tree: dict, prefix: str, source: str) -> list[str]:
+def _merge_tree(cfg: CfgNode, defaults: CfgNode, tree: dict, prefix: str, source: str) -> list[str]:
     notes = []
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key not in IGNORED and isinstance(value, dict) and isinstance(_find(cfg, key), CfgNode):
-            notes += _merge_tree(cfg, value, f"{key}.", source)
+        if key not in IGNORED and isinstance(value, dict) and isinstance(_find(defaults, key), CfgNode):
+            notes += _merge_tree(cfg, defaults, value, f"{key}.", source)
         else:
-            notes += _set(cfg, key, value, source)
+            notes += _set(cfg, defaults, key, value, source)
     return notes
 
 
-def merge_overrides(cfg: CfgNode, overrides: list[str]) -> list[str]:
+def merge_overrides(cfg: CfgNode, overrides: list[str], *, defaults: CfgNode) -> list[str]:
     """Merge `KEY VALUE KEY VALUE ...` from a command line into `cfg`; return the notes."""
     if len(overrides) % 2:
         raise ConfigError(f"settings are given as KEY VALUE pairs, but {overrides[-1]!r} stands alone")
     notes = []
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
-        default = _find(cfg, key)
-        value = text if isinstance(default, str) else _literal(text)
-        notes += _set(cfg, key, value, "the command line")
+        value = text if isinstance(_find(defaults, key), str) else _literal(text)
+        notes += _set(cfg, defaults, key, value, "the command line")
     return notes
 
 
@@ -91,19 +91,20 @@ def _find(cfg: CfgNode, key: str) -> Any:
     return node
 
 
-def _set(cfg: CfgNode, key: str, value: Any, source: str) -> list[str]:
+def _set(cfg: CfgNode, defaults: CfgNode, key: str, value: Any, source: str) -> list[str]:
     for ignored, why in IGNORED.items():
         if key == ignored or key.startswith(f"{ignored}."):
             return [f"{source}: {ignored} is ignored: {why}"]
-    default = _find(cfg, key)
+    default = _find(defaults, key)
     if default is None:
-        raise ConfigError(f"{source}: unknown key {key}{_nearest(cfg, key)}")
+        raise ConfigError(f"{source}: unknown key {key}{_nearest(defaults, key)}")
     if isinstance(default, CfgNode):
         raise ConfigError(f"{source}: {key} is a section, give one of its keys: {', '.join(default)}")
     section, _, name = key.rpartition(".")
-    if key == "MODEL.HEADS.CLS_LAYER" and value == NEVER_READ_CLS_LAYER:
-        return [f"{source}: {key} {value} was never read by the published code; the default {default} is used"]
     node = _find(cfg, section) if section else cfg
+    if key == "MODEL.HEADS.CLS_LAYER" and value == NEVER_READ_CLS_LAYER:
+        node[name] = default
+        return [f"{source}: {key} {value} was never read by the published code; the default {default} is used"]
     node[name] = _typed(default, value, key, source)
     return []
 
@@ -116,12 +117,12 @@ def _nearest(cfg: CfgNode, key: str) -> str:
     return f"; did you mean {near[0]}?" if near else "; core/config.py lists all keys"
 
 
-def _keys(cfg: CfgNode, prefix: str = ""):
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    """All keys, sections included."""
     for name, value in cfg.items():
+        yield f"{prefix}{name}"
         if isinstance(value, CfgNode):
             yield from _keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def _typed(default: Any, value: Any, key: str, source: str) -> Any:

@@ -1,13 +1,13 @@
 """What every command shares: one-line errors, files that are whole or absent, and the version of the code."""
 
 import contextlib
+import dis
 import functools
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -19,17 +19,22 @@ USER_ERROR_EXIT_CODE = 2
 def is_user_error(error: BaseException) -> bool:
     """Tell a mistake of the user from a defect of the code.
 
-    Our code raises `ValueError` for the user's mistakes and for nothing else. The same type raised inside a library
-    (a shape that does not fit, say) is a defect, and its traceback must not be lost.
+    Our code raises `ValueError` for the user's mistakes and for nothing else. The same type from a library (a shape
+    that does not fit, say) is a defect, and its traceback must not be lost. A library written in C leaves no frame in
+    the traceback, and the innermost one is then ours all the same: it counts only if a `raise` stands there.
     """
     if not isinstance(error, ValueError) or error.__traceback__ is None:
         return False
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(ROOT) and "site-packages" not in raised_in
+    innermost = error.__traceback__
+    while innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    code = innermost.tb_frame.f_code
+    ours = Path(code.co_filename).is_relative_to(ROOT) and "site-packages" not in code.co_filename
+    return ours and code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def entry_point(main: Callable) -> Callable:
-    """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2, Ctrl-C gives 130."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):

@@ -67,7 +67,7 @@ class Run:
         self.device = device
         self.train_loader = builders.build_train_loader(cfg)
         self.test_loader = builders.build_test_loader(cfg)
-        self.model = builders.build_classifier(cfg).to(device)
+        self.model = builders.build_classifier(cfg).to(device, memory_format=torch.channels_last)
         self.optimizer = builders.build_optimizer(cfg, self.model)
         self.epochs_done = 0
         self.lowest_error = math.inf
@@ -123,7 +123,7 @@ class Run:
         title = f"epoch {epoch + 1}/{cfg.OPTIM.MAX_EPOCH}"
         bar = progress(self.train_loader, title, unit="it", leave=False)
         for iteration, (images, labels, _) in enumerate(bar, start=1):
-            images = images.to(self.device, non_blocking=True)
+            images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             labels = labels.to(self.device, non_blocking=True)
             loss, logits = train_step(network, self.optimizer, images, labels)
             whole.add(loss, logits, labels)
@@ -177,7 +177,7 @@ class Run:
         sums = Sums(self.device)
         for images, labels, _ in progress(self.test_loader, "validation", unit="batch", leave=False):
             labels = labels.to(self.device)
-            logits = self.model(images.to(self.device))
+            logits = self.model(images.to(self.device, memory_format=torch.channels_last))
             sums.add(F.cross_entropy(logits, labels), logits, labels)
         stats = sums.read()
         self.lowest_error = min(self.lowest_error, stats["top1_err"])

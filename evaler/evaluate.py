@@ -1,0 +1,10 @@
+"""Score the descriptors that evaler/infer.py wrote: python evaler/evaluate.py --cfg FILE [KEY VALUE ...]"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from evaler.score import main
+
+    main()

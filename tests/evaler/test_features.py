@@ -1,0 +1,239 @@
+"""Descriptors on disk: what is written is read, and nothing that is not whole, fitting and finite is read."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.environment import sha256_file
+from evaler.features import Features, FeaturesError, align, load, load_shard, save, shard_path
+
+ROOT = Path(__file__).resolve().parents[2]
+PROVENANCE = {"weights_sha256": "ab" * 32, "scales": [0.5, 1.0], "crop_query": True, "list_sha256": "cd" * 32}
+
+
+def make(names, dim=4, seed=0, **provenance):
+    vectors = np.random.default_rng(seed).normal(size=(len(names), dim)).astype(np.float32)
+    sizes = np.arange(1, 2 * len(names) + 1, dtype=np.int32).reshape(-1, 2)
+    return Features(list(names), vectors, sizes, PROVENANCE | provenance)
+
+
+def forge(folder, collection, cut, total, *, npy=None, tsv=None, **changes):
+    """Rewrite parts of a shard so that its manifest agrees with them: only the later checks can object."""
+    path = shard_path(folder, collection, cut, total)
+    manifest = json.loads(path.read_bytes())
+    for content, suffix in ((npy, ".npy"), (tsv, ".tsv")):
+        target = path.with_suffix(suffix)
+        if isinstance(content, np.ndarray):
+            np.save(target, content, allow_pickle=True)
+        elif content is not None:
+            target.write_bytes(content)
+        manifest["sha256"][suffix[1:]] = sha256_file(target)
+    manifest.update(changes)
+    path.write_text(json.dumps(manifest))
+
+
+def same(a, b):
+    assert a.names == b.names
+    assert a.provenance == b.provenance
+    np.testing.assert_array_equal(a.vectors, b.vectors)
+    np.testing.assert_array_equal(a.sizes, b.sizes)
+    assert (a.vectors.dtype, a.sizes.dtype) == (np.float32, np.int32)
+
+
+def refused(call, message, *args, **kwargs):
+    with pytest.raises(FeaturesError, match=message) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n\r"), min_size=1), unique=True)
+)
+def test_what_is_saved_is_loaded(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("features")
+    save(folder, "images", make(names))
+    same(load(folder, "images"), make(names))
+    assert sorted(path.name for path in folder.iterdir()) == [f"images.1-of-1.{s}" for s in ("json", "npy", "tsv")]
+
+
+def test_one_shard_is_memory_mapped(tmp_path):
+    save(tmp_path, "database", make(["a", "b"]))
+    assert isinstance(load(tmp_path, "database").vectors, np.memmap)
+
+
+def test_shards_are_joined_in_the_order_of_their_cuts(tmp_path):
+    """Twelve, so that an order by text (1, 10, 11, 12, 2, ...) would show; the last is empty."""
+    parts = [make([f"{cut}-{i}" for i in range(2)], seed=cut) for cut in range(1, 12)] + [make([])]
+    for cut in (7, 1, 12, 3, 2, 11, 10, 4, 5, 6, 9, 8):
+        save(tmp_path, "database", parts[cut - 1], cut=cut, total=12)
+    save(tmp_path, "queries", make(["other"]))
+    joined = load(tmp_path, "database")
+    assert joined.names == [name for part in parts for name in part.names]
+    np.testing.assert_array_equal(joined.vectors, np.concatenate([part.vectors for part in parts]))
+    np.testing.assert_array_equal(joined.sizes, np.concatenate([part.sizes for part in parts]))
+    same(load_shard(tmp_path, "database", cut=7, total=12), parts[6])
+
+
+def test_a_shard_is_replaced(tmp_path):
+    save(tmp_path, "queries", make(["a", "b"]))
+    save(tmp_path, "queries", make(["c"], seed=1, crop_query=False))
+    same(load(tmp_path, "queries"), make(["c"], seed=1, crop_query=False))
+
+
+def test_a_killed_process_leaves_no_shard(tmp_path):
+    """Killed between the vectors and the manifest, over an older shard: neither the old nor half of the new is read."""
+    save(tmp_path, "queries", make(["a", "b"]))
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "import numpy as np, evaler.features as f\n"
+        "f.sha256_file = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "one = np.ones((1, 4), np.float32)\n"
+        "f.save(sys.argv[2], 'queries', f.Features(['z'], one, np.ones((1, 2), np.int32), {}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path)], timeout=60)
+    assert result.returncode == -signal.SIGKILL
+    refused(load, r"'queries' lacks cut 1 of 1 \(no manifest\)", tmp_path, "queries")
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (make(["a", "b", "a"]), "a is there twice"),
+        (make(["a\tb"]), r"name 'a\\tb' is empty, holds a tab"),
+        (make(["a\nb"]), r"name 'a\\nb' is empty, holds a tab"),
+        (make([""]), "name '' is empty"),
+        (make(["\udcff"]), "or is not UTF-8"),
+        (Features(["a"], np.ones((1, 4)), np.ones((1, 2), np.int32), {}), "need float32 .1, D., not float64"),
+        (Features(["a"], np.ones((2, 4), np.float32), np.ones((1, 2), np.int32), {}), "1 names need float32"),
+        (Features(["a"], np.ones(1, np.float32), np.ones((1, 2), np.int32), {}), "1 names need float32"),
+        (Features(["a"], np.ones((1, 4), np.float32), np.ones((1, 2)), {}), "1 names need 1 picture sizes"),
+        (Features(["a"], np.ones((1, 4), np.float32), np.zeros((1, 2), np.int32), {}), "at least 1 x 1 pixel"),
+        (
+            Features(["a", "b"], np.float32([[1, 1], [1, np.nan]]), np.ones((2, 2), np.int32), {}),
+            "descriptor of b is not finite",
+        ),
+        (Features(["a"], np.float32([[1, np.inf]]), np.ones((1, 2), np.int32), {}), "descriptor of a is not finite"),
+    ],
+)
+def test_unusable_features_are_not_saved(tmp_path, features, message):
+    refused(save, message, tmp_path / "new", "queries", features)
+    assert not (tmp_path / "new").exists()
+
+
+def test_absent_features(tmp_path):
+    refused(load, "no descriptors of 'queries' here; extract them with evaler/infer.py", tmp_path / "no", "queries")
+    save(tmp_path, "database", make(["a"]))
+    refused(load, "no descriptors of 'queries' here", tmp_path, "queries")
+
+
+def test_absent_cuts_are_named(tmp_path):
+    for cut in (1, 4):
+        save(tmp_path, "database", make([f"{cut}"]), cut=cut, total=7)
+    message = "lacks cut 2, 3, 5 and 2 more of 7 .no manifest.; extract with INFER.TOTAL_NUM 7 INFER.CUT_NUM 2"
+    refused(load, message, tmp_path, "database")
+    refused(load_shard, "there is no manifest, the shard is incomplete", tmp_path, "database", cut=2, total=7)
+
+
+def test_shards_of_different_splits(tmp_path):
+    save(tmp_path, "database", make(["a"]), cut=1, total=2)
+    save(tmp_path, "database", make(["b"]), cut=2, total=2)
+    save(tmp_path, "database", make(["b"]), cut=3, total=3)
+    refused(load, r"shards of different runs \(\*-of-2 and \*-of-3\); delete the old ones", tmp_path, "database")
+
+
+def test_shards_of_different_provenance(tmp_path):
+    save(tmp_path, "database", make(["a"]), cut=1, total=2)
+    save(tmp_path, "database", make(["b"], weights_sha256="ef" * 32, scales=[1.0]), cut=2, total=2)
+    refused(load, r"2-of-2\.json: differs from shard 1 in scales, weights_sha256;", tmp_path, "database")
+    save(tmp_path, "database", make(["b"], precision="bfloat16"), cut=2, total=2)
+    refused(load, r"differs from shard 1 in precision;", tmp_path, "database")
+    save(tmp_path, "database", make(["b"], dim=5), cut=2, total=2)
+    refused(load, "dimension 5, shard 1 has 4", tmp_path, "database")
+    save(tmp_path, "database", make(["a"]), cut=2, total=2)
+    refused(load, r"database\.\*-of-2: a is there twice", tmp_path, "database")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".tsv"])
+def test_damaged_files(tmp_path, suffix):
+    save(tmp_path, "queries", make(["a", "b"]))
+    path = shard_path(tmp_path, "queries", 1, 1, suffix)
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    refused(load, f"{suffix}: is not the file its manifest describes", tmp_path, "queries")
+    path.write_bytes(content[:-3])
+    refused(load, f"{suffix}: is not the file its manifest describes", tmp_path, "queries")
+    path.unlink()
+    refused(load, f"{suffix}: missing, though its manifest is there", tmp_path, "queries")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a manifest: Expecting value"),
+        (b"\xff\xfe{", "not a manifest: "),
+        (b"[1]", "not a manifest of descriptors"),
+        (b'{"format": 1}', "not a manifest of descriptors"),
+        (b'{"format": 1, "count": "2", "dim": 4, "sha256": {}, "provenance": {}}', "not a manifest of descriptors"),
+        (b'{"format": 9, "count": 2, "dim": 4, "sha256": {}, "provenance": {}}', "format 9, this code reads format 1"),
+    ],
+)
+def test_damaged_manifest(tmp_path, content, message):
+    save(tmp_path, "queries", make(["a", "b"]))
+    shard_path(tmp_path, "queries", 1, 1).write_bytes(content)
+    refused(load, message, tmp_path, "queries")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch payload-was-run",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"npy": np.ones((2, 5), np.float32)}, r"not an array of shape \(2, 4\)"),
+        ({"npy": np.ones((3, 4), np.float32)}, r"not an array of shape \(2, 4\)"),
+        ({"npy": np.ones((3, 4), np.float32), "count": 3}, "2 names need float32"),
+        ({"npy": np.ones((2, 4))}, "need float32"),
+        ({"npy": np.float32([[1, 1, 1, 1], [1, np.inf, 1, 1]])}, "the descriptor of b is not finite"),
+        ({"npy": np.full((2, 4), Payload(), object)}, "not an array of numbers: "),
+        ({"npy": b"PK\x03\x04 not a zip"}, "not an array of numbers: "),
+        ({"npy": b"\x93NUMPY\x01\x00"}, "not an array of numbers: "),
+        ({"npy": b""}, "not an array of numbers: "),
+        ({"tsv": b"a\t1\t2\n"}, "1 names need float32"),
+        ({"tsv": b"a\t1\t2\na\t3\t4\n"}, "a is there twice"),
+        ({"tsv": b"a\t1\t2\nb\t3\n"}, "tsv line 2: not `name width height`"),
+        ({"tsv": b"a\t1\t2\nb\t3\tx\n"}, "tsv line 2: not `name width height`"),
+        ({"tsv": b"a\t1\t2\nb\t3\t0\n"}, "at least 1 x 1 pixel"),
+        ({"tsv": b"a\t1\t2\n\xff\t3\t4\n"}, "not UTF-8"),
+    ],
+)
+def test_a_manifest_that_agrees_does_not_make_content_usable(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path, "queries", make(["a", "b"]))
+    forge(tmp_path, "queries", 1, 1, **changes)
+    refused(load, message, tmp_path, "queries")
+    assert not Path("payload-was-run").exists()
+
+
+def test_align_by_name():
+    features = make(["a", "b", "c"])
+    np.testing.assert_array_equal(align(features, ["c", "a", "b"], source="x"), features.vectors[[2, 0, 1]])
+    assert align(features, ("a", "b", "c"), source="x") is features.vectors
+
+
+def test_align_refuses_missing_and_surplus_names():
+    features = make(["a", "b", "c"])
+    refused(align, "here: no descriptor of d, of 4 asked for", features, list("abcd"), source="here")
+    refused(align, "no descriptor of v, w, x and 2 more, of 6 asked for", features, list("avwxyz"), source="here")
+    refused(align, "here: descriptors of b, c that were not asked for", features, ["a"], source="here")

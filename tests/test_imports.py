@@ -1,0 +1,225 @@
+"""Who may import whom (CONTRIBUTING.md), read from the source with `ast`, imports inside functions included."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAVES = {"model", "datasets", "revisitop"}
+PACKAGES = LEAVES | {"core", "evaler"}
+TOP_LEVEL = PACKAGES | {
+    *("configs", "docs", "pretrained", "scripts", "tests"),
+    *("train.py", "hubconf.py", "README.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"),
+    *("requirements.txt", "requirements-cpu.txt", "requirements-dev.txt"),
+}
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[ast.AST, str]]:
+    """Yield (node, dotted name) for every import; `from a import b` gives `a.b`, since b may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = [*parents, *([node.module] if node.module else [])]
+            yield from ((node, ".".join([*base, alias.name])) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                yield node, str(node.args[0].value)
+
+
+def main_guard(tree: ast.Module) -> ast.If | None:
+    """The `if __name__ == "__main__":` statement."""
+    for node in tree.body:
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) and "__main__" in ast.unparse(node.test):
+            return node
+    return None
+
+
+def is_entry(path: str, tree: ast.Module) -> bool:
+    return path in ("train.py", "hubconf.py") or path.startswith("scripts/") or main_guard(tree) is not None
+
+
+def run_when_imported(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those inside functions."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from run_when_imported(child)
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+    """Check {path relative to the root: source}; return `path:line: what is wrong` for each broken rule."""
+    trees = {path: ast.parse(source, path) for path, source in sources.items()}
+    entries = {
+        path.removesuffix(".py").replace("/", ".")
+        for path, tree in trees.items()
+        if not path.startswith("tests/") and is_entry(path, tree)
+    }
+    found = []
+    for path, tree in trees.items():
+        package = ".".join(path.split("/")[:-1])
+        loaded = {id(node) for node in run_when_imported(tree)}
+        for node, name in imports(tree, package):
+            problems = [import_problem(path, name, entries)]
+            if name.split(".")[0] == "torchvision" and id(node) in loaded:
+                problems.append("torchvision is imported at the module's top; a CPU machine does not have it")
+            found += [f"{path}:{node.lineno}: {problem}" for problem in problems if problem]
+        if "/" in path and not path.startswith("tests/") and is_entry(path, tree):
+            found += [f"{path}:{line}: {problem}" for line, problem in entry_problems(path, tree)]
+    return sorted(found)
+
+
+def import_problem(path: str, name: str, entries: set[str]) -> str | None:
+    """Say why `path` may not import `name`."""
+    if path.startswith("tests/"):
+        return None
+    home, target = path.split("/")[0], name.split(".")[0]
+    entry = next((entry for entry in entries if f"{name}.".startswith(f"{entry}.")), None)
+    if entry is not None or target == "tests":
+        return f"{entry or name} is imported; only tests import entry files and tests"
+    if home in LEAVES and target == "yacs":
+        return f"{home} is a leaf and knows no config, so no yacs"
+    if home in LEAVES and target in PACKAGES - {home}:
+        return f"{home} is a leaf and imports none of our packages, but here {target}"
+    if home != "evaler" and home in PACKAGES and target == "evaler":
+        return f"{home} imports evaler; only entry files may"
+    if home == "core" and target == "revisitop":
+        return "core imports revisitop; hand the score in as a callable"
+    if home == "core" and target in ("model", "datasets"):
+        weights = path == "core/checkpoint.py" and f"{name}.".startswith("model.weights.")
+        if path != "core/builders.py" and not weights:
+            return f"{target} is imported; in core only builders.py may (and checkpoint.py model.weights)"
+    return None
+
+
+def entry_problems(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """A file in a folder that is run: no logic, and our packages only after the path line."""
+    guard = main_guard(tree)
+    if guard is None:
+        yield 1, 'an entry file needs `if __name__ == "__main__":`'
+        return
+    if not ast.unparse(guard.body[0]).startswith("sys.path[0] ="):
+        yield guard.lineno, "the first thing an entry file does is to set sys.path[0] to the repository's root"
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name != "main":
+            yield node.lineno, f"{node.name}: an entry file holds only the path line and main()"
+    early = [node for top in tree.body if top is not guard for node in run_when_imported(top)]
+    for node, name in imports(tree, ".".join(path.split("/")[:-1])):
+        if name.split(".")[0] in PACKAGES and any(node is other for other in early):
+            yield node.lineno, f"{name} is imported before the path line"
+
+
+# --------------------------------------------------------------------------------------------------- the repository
+
+
+def our_sources() -> dict[str, str]:
+    files = [*ROOT.glob("*.py")]
+    for folder in sorted(PACKAGES | {"scripts", "tests"}):
+        files += [file for file in (ROOT / folder).rglob("*.py") if not file.is_relative_to(ROOT / "datasets/data")]
+    return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+
+
+def test_the_repository_keeps_the_rules():
+    sources = our_sources()
+    assert {path.split("/")[0] for path in sources} >= PACKAGES
+    assert violations(sources) == []
+
+
+def test_nothing_new_stands_at_the_top_level():
+    try:
+        command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout: which files belong to the repository is not known")
+    top = {name.split("/")[0] for name in listed if name}
+    assert {name for name in top - TOP_LEVEL if not name.startswith(".")} == set()
+
+
+def test_names_of_test_files_are_unique():
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
+# -------------------------------------------------------------------------------------------------- the checker itself
+
+GOOD = {
+    "train.py": "from core.trainer import train\nfrom evaler.score import score\n",
+    "hubconf.py": "from evaler.extract import describe\ndef dolg():\n    import torchvision\n",
+    "core/trainer.py": "from core.builders import build\nfrom yacs.config import CfgNode\nfrom . import builders\n",
+    "core/builders.py": "import model\nfrom datasets.loader import make\nimport model.dolg\n",
+    "core/checkpoint.py": "import model.weights\nfrom model.weights import load\nfrom model import weights\n",
+    "core/environment.py": "import os\n",
+    "model/dolg.py": "import torch\nfrom model.gem import GeM\nfrom .gem import GeM\nfrom . import gem\n",
+    "model/gem.py": "import modelling\n",
+    "model/weights.py": "",
+    "datasets/loader.py": "def f():\n    import torchvision\n",
+    "datasets/gldv2.py": "import sys\nif __name__ == '__main__':\n    sys.path[0] = 'x'\n    import datasets.loader\n",
+    "revisitop/protocol.py": "import numpy\n",
+    "evaler/extract.py": "import core.builders, model.dolg\nfrom revisitop import protocol\nimport datasets.loader\n",
+    "evaler/score.py": "from yacs.config import CfgNode\n",
+    "evaler/infer.py": (
+        "import sys\nfrom pathlib import Path\nif __name__ == '__main__':\n"
+        "    sys.path[0] = str(Path(__file__).resolve().parents[1])\n    from evaler.extract import main\n    main()\n"
+    ),
+    "scripts/plot.py": "import sys\nif __name__ == '__main__':\n    sys.path[0] = 'x'\n    import evaler.score\n",
+    "tests/test_x.py": "import train, evaler.infer, hubconf, core.trainer\nfrom datasets import gldv2\nimport yacs\n",
+}
+
+
+def test_permitted_imports_are_not_reported():
+    assert violations(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "line", "what"),
+    [
+        ("model/gem.py", "import yacs", 1, "no yacs"),
+        ("model/gem.py", "x = 1\ndef f():\n    from yacs.config import CfgNode", 3, "no yacs"),
+        ("revisitop/protocol.py", "import yacs.config as c", 1, "no yacs"),
+        ("model/gem.py", "import core", 1, "leaf"),
+        ("model/gem.py", "from core.environment import atomic_write", 1, "leaf"),
+        ("model/gem.py", "import torch, datasets.loader", 1, "leaf"),
+        ("datasets/loader.py", "class A:\n    def f(self):\n        import model.gem", 3, "leaf"),
+        ("datasets/loader.py", "if True:\n    import revisitop", 2, "leaf"),
+        ("datasets/loader.py", "import importlib\nimportlib.import_module('revisitop.protocol')", 2, "leaf"),
+        ("revisitop/protocol.py", "__import__('core')", 1, "leaf"),
+        ("model/gem.py", "from .. import core", 1, "leaf"),
+        ("revisitop/protocol.py", "from evaler.score import score", 1, "leaf"),
+        ("core/trainer.py", "import model", 1, "only builders.py"),
+        ("core/trainer.py", "from model.weights import load", 1, "only builders.py"),
+        ("core/trainer.py", "def f():\n    from datasets import loader", 2, "only builders.py"),
+        ("core/checkpoint.py", "import model", 1, "only builders.py"),
+        ("core/checkpoint.py", "from model.dolg import DOLG", 1, "only builders.py"),
+        ("core/checkpoint.py", "from model.weights_old import load", 1, "only builders.py"),
+        ("core/checkpoint.py", "import datasets.loader", 1, "only builders.py"),
+        ("core/builders.py", "import evaler", 1, "only entry files"),
+        ("core/builders.py", "def f():\n    from evaler.score import score", 2, "only entry files"),
+        ("core/builders.py", "from revisitop.protocol import score", 1, "callable"),
+        ("evaler/score.py", "import evaler.infer", 1, "only tests"),
+        ("evaler/score.py", "from evaler import infer", 1, "only tests"),
+        ("evaler/score.py", "from evaler.infer import main", 1, "only tests"),
+        ("evaler/score.py", "from . import infer", 1, "only tests"),
+        ("evaler/score.py", "from datasets.gldv2 import main", 1, "only tests"),
+        ("core/trainer.py", "import train", 1, "only tests"),
+        ("train.py", "import hubconf", 1, "only tests"),
+        ("core/trainer.py", "from scripts.plot import main", 1, "only tests"),
+        ("core/trainer.py", "from tests import golden_adapter", 1, "only tests"),
+        ("model/gem.py", "import torchvision", 1, "torchvision"),
+        ("core/trainer.py", "try:\n    from torchvision import ops\nfinally:\n    pass", 2, "torchvision"),
+        ("tests/test_x.py", "class A:\n    import torchvision.ops", 2, "torchvision"),
+        ("scripts/plot.py", "from core import trainer", 1, "__main__"),
+        ("scripts/plot.py", "if __name__ == '__main__':\n    from core import trainer", 1, "sys.path[0]"),
+        ("evaler/infer.py", GOOD["evaler/infer.py"] + "def crop():\n    pass\n", 7, "crop"),
+        ("evaler/infer.py", "import core.trainer\n" + GOOD["evaler/infer.py"], 1, "before the path line"),
+    ],
+)
+def test_each_broken_rule_is_reported_with_its_line(path, source, line, what):
+    (problem,) = violations(GOOD | {path: source})
+    assert re.match(rf"{re.escape(path)}:{line}: ", problem)
+    assert what in problem
