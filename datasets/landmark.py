@@ -1,0 +1,159 @@
+"""A landmark set: photographs and class numbers, named by a list file with one `path label` a line.
+
+Paths are relative to the set's root (`<root>/<path>`); an absolute path stands for itself. A path may contain spaces:
+the label is what follows the last white space.
+"""
+
+import os
+import re
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.random import PCG64, Generator, SeedSequence
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from datasets.image import ImageError, decode
+
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+
+
+class ListError(ValueError):
+    """A list file that cannot be used; the message is one line: file, line number, mend."""
+
+
+def read_list(
+    list_file: str | os.PathLike, *, root: str | os.PathLike, num_classes: int | None = None
+) -> tuple[list[str], np.ndarray]:
+    """Paths (joined with `root`) and labels (int64 [N]) of a list file; entry i is line i + 1.
+
+    Blank lines at the end are skipped, anywhere else refused. With `num_classes`, labels lie in 0..num_classes - 1.
+    Raises ListError if the file is missing, empty, not UTF-8 text, or has a bad line. Whether the images exist is
+    another question: see `check_files`.
+    """
+    lines = _read_text(list_file).rstrip().split("\n")
+    if lines == [""]:
+        raise ListError(f"{list_file}: the list is empty; it needs one `path label` a line")
+    paths, labels = [], []
+    for number, line in enumerate(lines, start=1):
+        path, label = _parse(line, f"{list_file}, line {number}", num_classes)
+        paths.append(os.path.join(root, path))
+        labels.append(label)
+    return paths, np.array(labels, np.int64)
+
+
+def _read_text(list_file: str | os.PathLike) -> str:
+    try:
+        with open(list_file, "rb") as file:
+            data = file.read()
+    except FileNotFoundError as error:
+        raise ListError(f"{list_file}: no such list file") from error
+    except OSError as error:
+        raise ListError(f"{list_file}: the list file cannot be read ({error.strerror})") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ListError(f"{list_file}, line {line}: not UTF-8 text") from error
+
+
+def _parse(line: str, where: str, num_classes: int | None) -> tuple[str, int]:
+    fields = line.strip().rsplit(None, 1)
+    if len(fields) == 0:
+        raise ListError(f"{where}: a blank line between others; remove it")
+    if len(fields) == 1:
+        raise ListError(f"{where}: found {fields[0]!r}, expected `path label`")
+    path, label = fields
+    if not _INTEGER.fullmatch(label):
+        raise ListError(f"{where}: the label {label!r} is not an integer; expected `path label`")
+    value = int(label)
+    if value < 0:
+        raise ListError(f"{where}: the label {value} is negative; labels start at 0")
+    if num_classes is not None and value >= num_classes:
+        raise ListError(
+            f"{where}: the label {value} is out of range 0..{num_classes - 1}; "
+            f"raise MODEL.NUM_CLASSES to at least {value + 1} or mend the list"
+        )
+    if value >= 2**63:
+        raise ListError(f"{where}: the label {value} does not fit 64 bits")
+    return path, value
+
+
+def check_files(list_file: str | os.PathLike, paths: list[str]) -> None:
+    """Check that every path of a list (entry i from line i + 1) is a file; raises ListError naming the first missing.
+
+    Reads every folder once instead of asking for every file: over a network that is 4096 requests for GLDv2-clean
+    instead of 1.58 million.
+    """
+    wanted: dict[str, list[int]] = {}
+    for i, path in enumerate(paths):
+        wanted.setdefault(os.path.dirname(path), []).append(i)
+    missing = []
+    for folder, indices in tqdm(wanted.items(), desc="checking images", unit="folder", leave=False, delay=2):
+        present = _files_of(folder)
+        missing += [i for i in indices if os.path.basename(paths[i]) not in present]
+    if missing:
+        first = min(missing)
+        raise ListError(
+            f"{list_file}, line {first + 1}: no such image: {paths[first]} "
+            f"({len(missing)} of {len(paths)} listed images missing)"
+        )
+
+
+def _files_of(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:
+        raise ListError(f"{folder}: the folder cannot be listed ({error.strerror})") from error
+
+
+class LandmarkDataset(Dataset):
+    """Samples of a list file, addressed by `(epoch, index)` in training, by `index` alone where nothing is random.
+
+    A sample is (float32 [3, S, S], label, index). Its augmentation is a function of (seed, epoch, index) and of
+    nothing else, so ranks and workers change nothing. An image that cannot be read is RETURNED as an ImageError that
+    names image, list file and line: raised in a worker it would reach the main process wrapped in a traceback; the
+    loader raises it there.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        list_file: str | os.PathLike,
+        *,
+        transform: Callable[[np.ndarray, Generator], np.ndarray],
+        num_classes: int | None,
+        seed: int,
+        check: bool = True,
+    ) -> None:
+        """Reads the list and, with `check`, looks whether all images exist. Raises ListError."""
+        paths, self.labels = read_list(list_file, root=root, num_classes=num_classes)
+        if check:
+            check_files(list_file, paths)
+        # One block of bytes instead of 1.58 million strings: counting references to a string writes to it, and would
+        # copy the page it lies on into every worker.
+        encoded = [os.fsencode(path) for path in paths]
+        self._paths = b"".join(encoded)
+        self._offsets = np.cumsum([0, *map(len, encoded)])
+        self._list_file, self._transform, self._seed = list_file, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> str:
+        """The path of sample `index`, root included."""
+        start, end = self._offsets[index], self._offsets[index + 1]
+        return os.fsdecode(self._paths[start:end])
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int, int] | ImageError:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        try:
+            image = decode(self.path(index))
+        except ImageError as error:
+            return ImageError(f"{self._list_file}, line {index + 1}: {error}")
+        sample = self._transform(image, Generator(PCG64(SeedSequence([self._seed, epoch, index]))))
+        return torch.from_numpy(sample), int(self.labels[index]), index
