@@ -78,12 +78,12 @@ def _jpeg_is_complete(data: bytes) -> bool:
     Walks from segment to segment by their lengths, so that an FF D9 inside one (an EXIF thumbnail ends with it) is
     never taken for the end. Compressed data cannot hold a marker: an FF there is followed by 00 or is a restart.
     """
-    position, components, scanned = 2, None, False
+    position, components = 2, None
     while (match := _MARKER.search(data, position)) is not None:
         position = match.end()
         marker = data[position - 1]
         if marker == _EOI:
-            return scanned
+            return True
         if marker == _SOI:  # the file was cut and another image begins
             return False
         if marker == _TEM:
@@ -92,7 +92,6 @@ def _jpeg_is_complete(data: bytes) -> bool:
         if marker in _SEQUENTIAL_FRAMES:
             components = data[position + 7 : position + 8]
         if marker == _SOS:
-            scanned = True
             # One scan with every component is the whole image, nothing but its compressed data follows: if the file
             # ends with FF D9, that is the end marker. Saves searching the data (1 to 3 % of the decoding time).
             whole = data[position + 2 : position + 3] == components

@@ -1,0 +1,283 @@
+"""Decoding: the pixels of cv2.imread, and a one-line error for everything that is not a complete image."""
+
+import hashlib
+import json
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+
+from datasets.image import ImageError, decode
+
+JPEG = {
+    "baseline": [],
+    "4:4:4": [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
+    "quality 20": [cv2.IMWRITE_JPEG_QUALITY, 20],
+    "progressive": [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],
+    "restarts": [cv2.IMWRITE_JPEG_RST_INTERVAL, 2],
+    "progressive, restarts": [cv2.IMWRITE_JPEG_PROGRESSIVE, 1, cv2.IMWRITE_JPEG_RST_INTERVAL, 2],
+}
+
+
+def picture(height: int = 61, width: int = 87, channels: int = 3) -> np.ndarray:
+    """Smooth shapes and noise, so that compressed data hold every byte value."""
+    rng = np.random.default_rng(7)
+    y, x = np.mgrid[:height, :width]
+    smooth = 120 + 80 * np.sin(np.stack([x / (5 + c) + y / (9 - c) for c in range(channels)], axis=2))
+    return np.clip(smooth + rng.normal(0, 25, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def encoded(image: np.ndarray, extension: str, parameters: list[int] | None = None) -> bytes:
+    done, data = cv2.imencode(extension, image, parameters or [])
+    assert done
+    return data.tobytes()
+
+
+def segment(marker: int, payload: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload
+
+
+def exif(orientation: int, thumbnail: bytes = b"") -> bytes:
+    """An APP1 segment: a first directory with the orientation, a second that points to the thumbnail."""
+    first = struct.pack("<HHHIHHI", 1, 0x0112, 3, 1, orientation, 0, 26)
+    second = struct.pack("<HHHIIHHIII", 2, 0x0201, 4, 1, 56, 0x0202, 4, 1, len(thumbnail), 0)
+    return segment(0xE1, b"Exif\0\0" + b"II*\0\x08\0\0\0" + first + second + thumbnail)
+
+
+def with_exif(jpeg: bytes, orientation: int, thumbnail: bytes = b"") -> bytes:
+    return jpeg[:2] + exif(orientation, thumbnail) + jpeg[2:]
+
+
+def chunk(kind: bytes, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
+
+
+def written(tmp_path, data: bytes, name: str = "image.jpg") -> str:
+    path = tmp_path / name
+    path.write_bytes(data)
+    return str(path)
+
+
+def refusal(path) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+# ------------------------------------------------------------------------------------------------ accepted
+
+
+FILES = {
+    **{f"{name}.jpg": encoded(picture(), ".jpg", parameters) for name, parameters in JPEG.items()},
+    "grey.jpg": encoded(picture(channels=1), ".jpg"),
+    "colour.png": encoded(picture(), ".png"),
+    "grey.png": encoded(picture(channels=1), ".png"),
+    "alpha.png": encoded(picture(channels=4), ".png"),
+    "grey16.png": encoded(picture(channels=1).astype(np.uint16) * 257 + 100, ".png"),
+    "colour16.png": encoded(picture().astype(np.uint16) * 256 + 200, ".png"),
+    "colour.bmp": encoded(picture(), ".bmp"),
+    "colour.webp": encoded(picture(), ".webp"),
+    "colour.tiff": encoded(picture(), ".tiff"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_equals_imread(tmp_path, name):
+    path = written(tmp_path, FILES[name], name.replace(":", "-"))
+    image = decode(path)
+    assert image.dtype == np.uint8
+    assert image.flags.c_contiguous
+    assert image.shape == (61, 87, 3)
+    assert np.array_equal(image, cv2.imread(path))
+
+
+def test_a_path_object_is_taken(tmp_path):
+    written(tmp_path, FILES["colour.png"], "a b.png")
+    assert np.array_equal(decode(tmp_path / "a b.png"), picture())
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: a.transpose(1, 0, 2)[:, ::-1]),
+        (7, lambda a: a.transpose(1, 0, 2)[::-1, ::-1]),
+        (8, lambda a: a.transpose(1, 0, 2)[::-1]),
+    ],
+)
+def test_exif_orientation_is_applied(tmp_path, orientation, upright):
+    path = written(tmp_path, with_exif(FILES["baseline.jpg"], orientation))
+    stored = cv2.imread(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    image = decode(path)
+    assert np.array_equal(image, upright(stored))
+    assert image.flags.c_contiguous
+
+
+def test_grey_becomes_three_equal_channels(tmp_path):
+    grey = picture(channels=1)
+    image = decode(written(tmp_path, encoded(grey, ".png")))
+    assert np.array_equal(image, np.repeat(grey, 3, axis=2))
+
+
+def test_sixteen_bits_keep_their_high_byte(tmp_path):
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    image = decode(written(tmp_path, encoded(every, ".png")))
+    assert np.array_equal(image[..., 0], every // 256)
+
+
+def test_alpha_is_dropped_not_blended(tmp_path):
+    image = picture(channels=4)
+    image[..., 3] = 0
+    assert np.array_equal(decode(written(tmp_path, encoded(image, ".png"))), image[..., :3])
+
+
+def test_palette_is_expanded(tmp_path):
+    indices = np.arange(20, dtype=np.uint8).reshape(4, 5) % 3
+    palette_rgb = bytes([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    rows = b"".join(b"\0" + row.tobytes() for row in indices)
+    header = struct.pack(">IIBBBBB", 5, 4, 8, 3, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"PLTE", palette_rgb)
+    data += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    image = decode(written(tmp_path, data))
+    expected_bgr = np.array([[30, 20, 10], [60, 50, 40], [90, 80, 70]], np.uint8)
+    assert np.array_equal(image, expected_bgr[indices])
+
+
+THUMBNAIL = encoded(picture(12, 16), ".jpg")
+END = b"\xff\xd9"
+
+
+@pytest.mark.parametrize("kind", JPEG)
+def test_harmless_oddities_of_a_jpeg_are_accepted(tmp_path, kind):
+    plain = FILES[f"{kind}.jpg"]
+    pixels = decode(written(tmp_path, plain))
+    odd = {
+        "thumbnail": with_exif(plain, 1, THUMBNAIL),
+        "trailing text": plain + b"written by a camera",
+        "trailing zeros": plain + bytes(4096),
+        "trailing image": plain + THUMBNAIL,
+        "trailing end": plain + b"x" + END,
+        "end marker in a comment": plain[:2] + segment(0xFE, b"a" + END + b"b") + plain[2:],
+        "fill bytes before the end": plain[:-2] + b"\xff\xff" + END,
+    }
+    for data in odd.values():
+        assert np.array_equal(decode(written(tmp_path, data)), pixels)
+
+
+def test_bytes_behind_a_png_are_accepted(tmp_path):
+    assert np.array_equal(decode(written(tmp_path, FILES["colour.png"] + b"more")), picture())
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+def test_what_is_no_image_is_refused_by_name(tmp_path, capfd):
+    (tmp_path / "folder.jpg").mkdir()
+    assert "no such file" in refusal(tmp_path / "missing.jpg")
+    assert "a folder" in refusal(tmp_path / "folder.jpg")
+    assert "empty" in refusal(written(tmp_path, b""))
+    assert "cannot be read" in refusal(written(tmp_path, b"x", "file") + "/below.jpg")
+    for data in (b"not an image at all", b"\x89PNG", b"\xff\xd8", b"GIF89a", bytes(1000)):
+        assert "not an image that OpenCV can read" in refusal(written(tmp_path, data))
+    assert capfd.readouterr() == ("", "")
+
+
+def cuts(length: int) -> list[int]:
+    """Lengths to cut a file to: spread over it, and every one of the last bytes."""
+    return sorted({*np.linspace(3, length - 13, 60).astype(int).tolist(), *range(length - 12, length)})
+
+
+@pytest.mark.parametrize("kind", JPEG)
+def test_a_truncated_jpeg_is_refused(tmp_path, capfd, kind):
+    for data in (FILES[f"{kind}.jpg"], with_exif(FILES[f"{kind}.jpg"], 6, THUMBNAIL)):
+        for length in cuts(len(data)):
+            assert "truncated" in refusal(written(tmp_path, data[:length])), length
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", JPEG)
+def test_a_jpeg_cut_behind_its_thumbnail_is_refused(tmp_path, kind):
+    data = with_exif(FILES[f"{kind}.jpg"], 1, THUMBNAIL)
+    end = data.index(THUMBNAIL) + len(THUMBNAIL)
+    assert data[:end].endswith(END)
+    for length in (end - 1, end, end + 1):
+        assert "truncated" in refusal(written(tmp_path, data[:length]))
+
+
+def test_an_end_marker_inside_a_segment_between_scans_is_not_the_end(tmp_path):
+    data = FILES["progressive.jpg"]
+    second_scan = data.index(b"\xff\xda", data.index(b"\xff\xda") + 2)
+    table = data.rindex(b"\xff\xc4", 0, second_scan)  # the Huffman table that comes with it
+    commented = data[:table] + segment(0xFE, b"a" + END + b"b") + data[table:]
+    assert np.array_equal(decode(written(tmp_path, commented)), decode(written(tmp_path, data)))
+    assert "truncated" in refusal(written(tmp_path, commented[: commented.index(b"a" + END) + 3]))
+
+
+def test_a_jpeg_cut_inside_the_header_of_its_scan_is_refused(tmp_path):
+    data = FILES["baseline.jpg"]
+    scan = data.index(b"\xff\xda")
+    assert "truncated" in refusal(written(tmp_path, data[: scan + 5] + END))
+
+
+@pytest.mark.parametrize("following", [picture(), picture(400, 500)])
+def test_a_progressive_jpeg_that_runs_into_another_image_is_refused(tmp_path, following):
+    data = FILES["progressive.jpg"]
+    for length in (len(data) - 40, len(data) - 2):  # inside its last scan
+        message = refusal(written(tmp_path, data[:length] + encoded(following, ".jpg")))
+        assert "truncated" in message
+
+
+@pytest.mark.parametrize("name", ["colour.png", "grey.png", "alpha.png", "grey16.png"])
+def test_a_truncated_png_is_refused(tmp_path, capfd, name):
+    for length in cuts(len(FILES[name]))[3:]:  # shorter than its signature it is no PNG
+        message = refusal(written(tmp_path, FILES[name][:length]))
+        assert "truncated" in message or length < 8
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["colour.bmp", "colour.webp", "colour.tiff"])
+def test_other_formats_are_refused_when_cut(tmp_path, capfd, name):
+    for fraction in (0.3, 0.6, 0.95):
+        refusal(written(tmp_path, FILES[name][: int(fraction * len(FILES[name]))]))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_sizes_that_cannot_be_are_refused(tmp_path):
+    for width, height in ((0, 5), (5, 0), (60000, 60000)):
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99)))
+        refusal(written(tmp_path, data + chunk(b"IEND", b"")))
+
+
+# ------------------------------------------------------------------------------------------------ goldens
+
+
+def test_goldens_of_the_published_code(shared):
+    folder = shared / "goldens"
+    for name, golden in json.loads((folder / "golden" / "decode.json").read_text())["images"].items():
+        path = folder / "images" / name
+        if golden.get("shape") is None or name.endswith("truncated.jpg"):
+            refusal(path)
+        else:
+            image = decode(path)
+            assert list(image.shape) == golden["shape"], name
+            assert hashlib.sha256(image.tobytes()).hexdigest() == golden["bgr_sha256"], name
+
+
+def test_real_photographs_equal_imread_and_are_refused_when_cut(shared, tmp_path):
+    paths = sorted(shared.glob("distractors/**/*.jpg"))
+    assert paths
+    for path in paths[::12]:
+        assert np.array_equal(decode(path), cv2.imread(str(path))), path
+        data = path.read_bytes()
+        for fraction in (0.1, 0.5, 0.99):
+            assert "truncated" in refusal(written(tmp_path, data[: int(fraction * len(data))]))

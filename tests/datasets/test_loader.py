@@ -1,0 +1,297 @@
+"""Orders and batches, the same for any number of ranks and workers; errors, signals and threads of real workers."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from datasets import loader
+from datasets.image import ImageError
+from datasets.landmark import LandmarkDataset
+from datasets.loader import TrainBatches, epoch_order, make_loader
+from datasets.transforms import TestTransform as Resized
+from datasets.transforms import TrainTransform
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A set of 14 small images."""
+    root = tmp_path_factory.mktemp("set")
+    rng = np.random.default_rng(0)
+    for i in range(14):
+        cv2.imwrite(str(root / f"{i}.png"), rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8))
+    (root / "list.txt").write_text("".join(f"{i}.png {i % 5}\n" for i in range(14)))
+    return root
+
+
+def dataset_of(root: Path, transform=None) -> LandmarkDataset:
+    return LandmarkDataset(root, root / "list.txt", transform=transform or TrainTransform(24), num_classes=5, seed=3)
+
+
+def joined(lists) -> list:
+    return list(itertools.chain.from_iterable(lists))
+
+
+# ------------------------------------------------------------------------------------------------ orders and batches
+
+
+def test_an_order_is_a_permutation_and_a_function_of_seed_and_epoch():
+    order = epoch_order(1000, seed=1, epoch=2)
+    assert order.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(1000))
+    assert np.array_equal(order, epoch_order(1000, seed=1, epoch=2))
+    for other in ({"seed": 1, "epoch": 3}, {"seed": 2, "epoch": 2}, {"seed": 2, "epoch": 1}):
+        assert (order == epoch_order(1000, **other)).mean() < 0.02
+
+
+def test_an_order_is_known():
+    """Literal values: a checkpoint of one machine goes on with the same order on another."""
+    assert epoch_order(10, seed=1, epoch=0).tolist() == [5, 0, 9, 3, 2, 4, 6, 1, 8, 7]
+
+
+def test_the_order_does_not_share_its_stream_with_a_sample():
+    sample = np.random.Generator(np.random.PCG64(np.random.SeedSequence([1, 2, 0])))
+    assert not np.array_equal(epoch_order(50, seed=1, epoch=2), sample.permutation(50))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_ranks_share_the_same_global_batches(world):
+    ranks = [TrainBatches(20, batch_size=6, seed=4, rank=rank, world=world) for rank in range(world)]
+    for batches in ranks:
+        batches.set_epoch(5)
+    order = epoch_order(20, seed=4, epoch=5)
+    assert [len(batches) for batches in ranks] == [3] * world
+    for b, shares in enumerate(zip(*ranks, strict=True)):
+        assert all(len(share) == 6 // world for share in shares)
+        assert joined(shares) == [(5, int(i)) for i in order[6 * b : 6 * b + 6]]
+    assert b == 2
+
+
+def test_epochs_have_their_own_order_and_can_be_entered_midway():
+    batches = TrainBatches(20, batch_size=6, seed=4)
+    epochs = []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        epochs.append(list(batches))
+    assert epochs[0] != epochs[1]
+    batches.set_epoch(1, start=2)
+    assert len(batches) == 1
+    assert list(batches) == epochs[1][2:]
+    assert batches.per_epoch == 3
+    batches.set_epoch(1)
+    assert list(batches) == epochs[1]
+
+
+@pytest.mark.parametrize(("batch_size", "world", "reason"), [(21, 1, "20"), (0, 1, "20"), (9, 2, "2 processes")])
+def test_impossible_training_batches_are_refused(batch_size, world, reason):
+    with pytest.raises(ValueError, match=rf"TRAIN\.BATCH_SIZE {batch_size}: .*{reason}"):
+        TrainBatches(20, batch_size=batch_size, seed=0, world=world)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 12])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_test_batches_hold_every_image_once(n, world, batch_size):
+    seen = []
+    for rank in range(world):
+        batches = loader.TestBatches(n, batch_size=batch_size, rank=rank, world=world)
+        got = list(batches)
+        assert len(batches) == len(got)
+        assert all(1 <= len(batch) <= max(1, batch_size // world) for batch in got)
+        assert joined(got) == list(range(rank, n, world))
+        seen += joined(got)
+    assert sorted(seen) == list(range(n))
+
+
+def test_an_impossible_test_batch_is_refused():
+    with pytest.raises(ValueError, match=r"TEST\.BATCH_SIZE 0"):
+        loader.TestBatches(5, batch_size=0)
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def load(root: Path, *, workers: int, rank: int = 0, world: int = 1, epochs=(0, 1)) -> dict:
+    """{(epoch, index): (image bytes, label)} of a rank's share."""
+    dataset = dataset_of(root)
+    batches = TrainBatches(14, batch_size=6, seed=8, rank=rank, world=world)
+    data = make_loader(dataset, batches, workers=workers, pin_memory=False)
+    out = {}
+    for epoch in epochs:
+        batches.set_epoch(epoch)
+        for images, labels, indices in data:
+            assert images.shape == (6 // world, 3, 24, 24)
+            assert images.dtype == torch.float32
+            assert labels.dtype == indices.dtype == torch.int64
+            for image, label, index in zip(images, labels.tolist(), indices.tolist(), strict=True):
+                out[epoch, index] = image.numpy().tobytes(), label
+    return out
+
+
+def test_workers_and_ranks_change_nothing(folder):
+    alone = load(folder, workers=0)
+    assert len(alone) == 24
+    assert {index % 5 == label for (_, index), (_, label) in alone.items()} == {True}
+    assert load(folder, workers=2) == alone
+    for world in (2, 3):
+        union: dict = {}
+        for rank in range(world):
+            union |= load(folder, workers=0, rank=rank, world=world)
+        assert union == alone
+
+
+def test_the_order_of_batches_does_not_depend_on_workers(folder):
+    def indices(workers: int) -> list:
+        batches = TrainBatches(14, batch_size=2, seed=8)
+        return [i.tolist() for _, _, i in make_loader(dataset_of(folder), batches, workers=workers, pin_memory=False)]
+
+    assert indices(0) == indices(2)
+
+
+def test_test_images_once_with_an_empty_rank(folder):
+    dataset = dataset_of(folder, Resized(30, 24))
+    got = []
+    for rank in range(16):  # more ranks than images
+        batches = loader.TestBatches(14, batch_size=32, rank=rank, world=16)
+        data = make_loader(dataset, batches, workers=0, pin_memory=False)
+        got += [index for _, _, indices in data for index in indices.tolist()]
+        assert len(data) == (rank < 14)
+    assert sorted(got) == list(range(14))
+
+
+def test_loading_leaves_the_global_random_state_alone(folder):
+    state, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()
+    load(folder, workers=0)
+    load(folder, workers=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], legacy)
+
+
+class Facts(Dataset):
+    """A sample is what a worker knows about itself."""
+
+    def __getitem__(self, key: int) -> torch.Tensor:
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return torch.tensor([os.getpid(), cv2.getNumThreads(), torch.get_num_threads(), ignored])
+
+
+def test_workers_live_on_have_one_thread_and_leave_ctrl_c_to_the_main_process():
+    data = make_loader(Facts(), loader.TestBatches(8, batch_size=1), workers=2, pin_memory=False)
+    first, second = (torch.cat(list(data)) for _ in range(2))
+    assert os.getpid() not in first[:, 0]
+    assert set(first[:, 0].tolist()) == set(second[:, 0].tolist())
+    assert len(set(first[:, 0].tolist())) == 2
+    assert (first[:, 1:] == torch.tensor([1, 1, 1])).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_surfaces_as_the_plain_error(folder, tmp_path, workers):
+    for i in range(14):
+        (tmp_path / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes())
+    (tmp_path / "list.txt").write_text((folder / "list.txt").read_text())
+    dataset = dataset_of(tmp_path)
+    for i in (11, 4):
+        (tmp_path / f"{i}.png").write_bytes((folder / f"{i}.png").read_bytes()[:-20])
+    batches = TrainBatches(14, batch_size=7, seed=0)
+    with pytest.raises(ImageError) as caught:
+        list(make_loader(dataset, batches, workers=workers, pin_memory=False))
+    first = next(i for _, i in joined(batches) if i in (4, 11))
+    assert type(caught.value) is ImageError
+    assert str(caught.value).startswith(f"{tmp_path}/list.txt, line {first + 1}: {tmp_path}/{first}.png: truncated")
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ real processes
+
+
+PROGRAM = """
+import sys
+import cv2, numpy as np
+from pathlib import Path
+from datasets.landmark import LandmarkDataset
+from datasets.loader import TrainBatches, make_loader
+from datasets.transforms import TrainTransform
+
+class Told(TrainTransform):
+    def __call__(self, image, rng):
+        import os
+        return super().__call__(image, rng) * 0 + os.getpid()
+
+cv2.setNumThreads(4)
+cv2.resize(np.zeros((1200, 1600, 3), np.float32), (1700, 1300))  # OpenCV's threads run before the fork
+root = Path(sys.argv[1])
+dataset = LandmarkDataset(root, root / "list.txt", transform=Told(24), num_classes=5, seed=3)
+batches = TrainBatches(14, batch_size=2, seed=8)
+loader = make_loader(dataset, batches, workers=2, pin_memory=False)
+workers = set()
+epoch = 0
+while sys.argv[2] == "forever" or epoch < 2:
+    batches.set_epoch(epoch)
+    for images, labels, indices in loader:
+        workers |= {int(i) for i in images[:, 0, 0, 0]}
+        if len(workers) == 2 and epoch == 1:
+            print(*workers, flush=True)
+    epoch += 1
+"""
+
+
+def start(folder: Path, how_long: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), how_long],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_workers_forked_beside_opencv_threads_do_not_hang(folder):
+    process = start(folder, "two epochs")
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    assert len(out.split()) >= 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("whole_group", [True, False], ids=["ctrl-c", "kill -INT"])
+def test_an_interrupt_leaves_no_workers_and_none_of_them_reports_it(folder, whole_group):
+    process = start(folder, "forever")
+    try:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(alive, workers))
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        deadline = time.monotonic() + 5
+        while any(map(alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(alive, workers))
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert err.count("KeyboardInterrupt") == 1, err  # the main process; workers ignore the signal
