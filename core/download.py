@@ -122,7 +122,7 @@ def _complete(url: str, part: BinaryIO, path: Path, sha256: str | None) -> None:
     """Bring the locked partial file to its end and give it its name."""
     have = os.fstat(part.fileno()).st_size
     origin = _read_memo(_memo(path)) if have else None
-    if origin is None or (origin.size is not None and have > origin.size):
+    if origin is None:
         have = 0
     if origin is None or have != origin.size:
         response, have = _request(url, have, origin)

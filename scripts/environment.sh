@@ -23,7 +23,7 @@ has_pip() {
 
 # ready FILE...: .venv works and holds these requirement files as they are now
 ready() {
-    { [ ! -e "$venv/unfinished" ] && [ ! -e "$venv/$other.installed" ]; } || return 1
+    [ ! -e "$venv/unfinished" ] || return 1
     for file in "$@"; do
         [ "$(cat "$venv/$file.installed" 2>/dev/null)" = "$(cksum <"$root/$file")" ] || return 1
     done
@@ -67,8 +67,9 @@ install() {
     fi
     : >"$venv/unfinished"
     echo "installing $* into .venv"
+    # --no-compile: bytecode of what is never imported is most of an installation's time.
     # shellcheck disable=SC2046  # the files' names have no blanks
-    (cd "$root" && "$python" -m pip install --disable-pip-version-check $(printf ' -r %s' "$@")) ||
+    (cd "$root" && "$python" -m pip install --disable-pip-version-check --no-compile $(printf ' -r %s' "$@")) ||
         fail "could not install $*: see above, then run this again"
     for file in "$@"; do cksum <"$root/$file" >"$venv/$file.installed"; done
     rm "$venv/unfinished"

@@ -42,12 +42,14 @@ class FileServer(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, bytes] = {}
         self.ranges = True  # answer Range requests with 206
-        self.validator = "ETag"  # or Last-Modified, or "" for neither
+        self.validators = {"ETag"}  # any of ETag, weak (an ETag that is), Last-Modified
+        self.repeat_validators = True  # send them with 206 too
         self.sizes = True  # send Content-Length
         self.chunked = False
         self.break_after: int | None = None  # drop the connection after so many bytes of a body
         self.pause = 0.0  # seconds between blocks of 64 KiB
         self.asked: list[tuple[str, str | None]] = []  # path and Range header of every request
+        self.answered: list[int] = []  # the status codes
 
     @property
     def url(self) -> str:
@@ -69,12 +71,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if body is None:
             self.send_error(404)
             return
-        tag = f'"{hashlib.sha256(body).hexdigest()}"'
-        # A stand-in for the time of change that differs between contents.
-        date = f"Mon, 01 Jan 2024 00:00:{int(tag[1:3], 16) % 60:02d} GMT"
-        validator = {"ETag": tag, "Last-Modified": date}.get(server.validator)
+        digest = hashlib.sha256(body).hexdigest()
+        seconds = int(digest, 16) % 60  # a stand-in for the time of change, which differs between contents
+        known = {
+            "ETag": ("ETag", f'"{digest}"'),
+            "weak": ("ETag", f'W/"{digest}"'),
+            "Last-Modified": ("Last-Modified", f"Mon, 01 Jan 2024 00:00:{seconds:02d} GMT"),
+        }
+        fit_for_if_range = [known[kind][1] for kind in server.validators - {"weak"}]
         start = 0
-        if asked_range and server.ranges and self.headers.get("If-Range") in (None, validator):
+        if asked_range and server.ranges and self.headers.get("If-Range") in (None, *fit_for_if_range):
             start = int(re.fullmatch(r"bytes=(\d+)-", asked_range)[1])
             if start >= len(body):
                 self.send_error(416)
@@ -82,8 +88,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        if validator is not None:
-            self.send_header(server.validator, validator)
+        if not start or server.repeat_validators:
+            for kind in server.validators:
+                self.send_header(*known[kind])
         if server.chunked:
             self.send_header("Transfer-Encoding", "chunked")
         elif server.sizes:
@@ -101,8 +108,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.server.chunked and end == len(body):
             self.wfile.write(b"0\r\n\r\n")
 
+    def log_request(self, code="-", size="-") -> None:
+        self.server.answered.append(int(code))
+
     def log_message(self, *args) -> None:
-        pass
+        """Nothing on stderr."""
 
 
 @pytest.fixture

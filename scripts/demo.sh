@@ -1,0 +1,32 @@
+#!/bin/sh
+# sh scripts/demo.sh
+# Makes the toy landmarks, scores an untrained network on them, trains it, and scores it again; a few minutes on two
+# CPU cores. Needs only python3 (>= 3.10) with venv: makes .venv first where there is none. What a former run has
+# finished is kept, what is missing is made again. PYTHON may name the interpreter.
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+. "$root/scripts/environment.sh"
+[ $# -eq 0 ] || fail "usage: sh scripts/demo.sh"
+make_environment
+cd "$root"
+config=configs/resnet18_dolg_toy.yaml
+
+# run FILE ARGUMENT...: show a Python command and run it
+run() {
+    printf '\n$ python %s\n' "$*"
+    "$python" "$@"
+}
+
+# score RUN: extract and score with the newest checkpoint of output/demo/RUN
+score() {
+    run evaler/infer.py --cfg $config OUT_DIR "output/demo/$1"
+    run evaler/evaluate.py --cfg $config OUT_DIR "output/demo/$1"
+    cp "output/demo/$1/scores/toy.json" "output/demo/$1.json"
+}
+
+run scripts/make_toy.py --out output/demo/data
+run train.py --cfg $config OUT_DIR output/demo/untrained OPTIM.MAX_EPOCH 0
+score untrained
+run train.py --cfg $config OUT_DIR output/demo/trained
+score trained
+printf '\nEverything lies in output/demo: data/toy (pictures), untrained.json and trained.json (scores), trained/ (checkpoints, descriptors).\n'
