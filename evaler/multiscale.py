@@ -20,6 +20,6 @@ def describe(network: nn.Module, image: np.ndarray, *, scales: Sequence[float]) 
     like = next(network.parameters())
     sum_ = torch.zeros((), dtype=like.dtype, device=like.device)
     for scale in scales:
-        batch = torch.from_numpy(preprocess(image, scale))[None].to(like)
+        batch = torch.from_numpy(preprocess(image, scale))[None].to(like, memory_format=torch.channels_last)
         sum_ = sum_ + F.normalize(network(batch))[0]
     return F.normalize(sum_ / len(scales), dim=0)
