@@ -38,15 +38,15 @@ class DOLG(nn.Module):
         super().__init__()
         assert fusion in ("orthogonal", "global"), fusion
         f3_dim, f4_dim = backbone.widths[2:]
+        with_local = fusion == "orthogonal"
+        # In the published order: the optimiser's state in a checkpoint knows the parameters by their number only.
         self.pool_g = GeM(gem_p, trainable=gem_trainable)
+        self.fc_t = nn.Linear(f4_dim, f3_dim) if with_local else None
+        self.fc = nn.Linear(2 * f3_dim if with_local else f4_dim, dim)
         self.globalmodel = backbone
-        self.localmodel = self.fc_t = None
-        fused_dim = f4_dim
-        if fusion == "orthogonal":
-            self.fc_t = nn.Linear(f4_dim, f3_dim)
+        self.localmodel = None
+        if with_local:
             self.localmodel = LocalBranch(f3_dim, with_ma=with_ma, bn_eps=bn_eps, bn_momentum=bn_momentum)
-            fused_dim = 2 * f3_dim
-        self.fc = nn.Linear(fused_dim, dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised BGR images [B, 3, H, W] -> descriptors [B, dim], not normalised."""

@@ -19,9 +19,8 @@ def orthogonal_fusion(local: Tensor, global_: Tensor) -> Tensor:
 
     The projection is linear, so pooling before it gives what pooling after it gives, without another map in memory.
     """
-    with torch.autocast(local.device.type, enabled=False):
-        if local.dtype in (torch.float16, torch.bfloat16):
-            local = local.float()
-        pooled = local.mean(dim=(2, 3))
-        global_ = global_.to(pooled.dtype)
-        return torch.cat([global_, orthogonal_component(pooled, global_)], dim=1)
+    if local.dtype in (torch.float16, torch.bfloat16):
+        local = local.float()  # |g|^2 can leave the range of float16
+    pooled = local.mean(dim=(2, 3))
+    global_ = global_.to(pooled.dtype)
+    return torch.cat([global_, orthogonal_component(pooled, global_)], dim=1)

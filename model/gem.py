@@ -13,11 +13,14 @@ class GeM(nn.Module):
 
     def __init__(self, p: float = 3.0, *, trainable: bool = True, eps: float = 1e-6):
         super().__init__()
-        self.p = nn.Parameter(torch.full((1,), p), requires_grad=trainable)
+        self.p = nn.Parameter(torch.tensor([float(p)]), requires_grad=trainable)
         self.eps = eps
 
     def forward(self, maps: Tensor) -> Tensor:
-        with torch.autocast(maps.device.type, enabled=False):
-            if maps.dtype in (torch.float16, torch.bfloat16):
-                maps = maps.float()  # x^3 leaves the range of float16 at x = 41
-            return maps.clamp(min=self.eps).pow(self.p).mean(dim=(2, 3)).pow(1.0 / self.p)
+        if maps.dtype in (torch.float16, torch.bfloat16):
+            maps = maps.float()  # x^3 leaves the range of float16 at x = 41
+        maps = maps.clamp(min=self.eps)
+        # In units of the largest value. Else eps^p is 0 in float32 from p = 7.5 on, and the gradient of an empty
+        # channel not a number. The result does not depend on the unit, which therefore counts as constant.
+        unit = maps.detach().amax(dim=(2, 3), keepdim=True)
+        return (maps / unit).pow(self.p).mean(dim=(2, 3)).pow(1.0 / self.p) * unit.flatten(1)

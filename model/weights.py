@@ -8,16 +8,20 @@ a classifier `head.fc`).
 import os
 import pickle
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+DDP = "module."
 BACKBONE = "globalmodel."
 CLASS_HEAD = "desc_cls."
 CLASS_MATRIX = "desc_cls.weight"
 IMAGENET_CLASSIFIER = "head."
+MOST_LISTED = 4  # keys of a message; more are named by their modules
+MOST_MODULES = 10  # all that DOLG has
 DEPTHS = {("basic", (2, 2, 2, 2)): 18, ("basic", (3, 4, 6, 3)): 34}
 DEPTHS |= {("bottleneck", b): d for d, b in {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}.items()}
 
@@ -32,11 +36,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if not path.is_file():
         raise WeightsError(f"{path}: no such weight file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: what matters is whether it can be read
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(f"{path}: not a weight file, or one that holds more than tensors and plain values") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
+    except Exception as error:  # a damaged file makes torch raise anything, IndexError and struct.error included
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise WeightsError(f"{path}: not a readable weight file, perhaps cut short ({reason})") from None
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a state dict")
@@ -51,15 +57,20 @@ def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
 def normalise_names(content: Mapping, *, source: str) -> dict[str, Tensor]:
     """A checkpoint's content -> state dict under DOLG's names. Raises `WeightsError` where that is not possible."""
     state = content.get("model_state", content)
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not state or not all(_is_entry(*item) for item in state.items()):
         raise WeightsError(f"{source}: holds no model_state and is no state dict itself")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if all(key.startswith(DDP) for key in state):
+        state = {key.removeprefix(DDP): value for key, value in state.items()}
     if any(key.startswith("stem.") for key in state):
         state = {key if key.startswith(IMAGENET_CLASSIFIER) else BACKBONE + key: v for key, v in state.items()}
     for key, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise WeightsError(f"{source}: {key} holds values that are not finite")
-    return state
+    return dict(state)
+
+
+def _is_entry(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def architecture(state: Mapping[str, Tensor]) -> dict[str, object]:
@@ -75,20 +86,25 @@ def architecture(state: Mapping[str, Tensor]) -> dict[str, object]:
     facts: dict[str, object] = {}
     if all(blocks):
         facts["MODEL.DEPTH"] = DEPTHS.get((kind, tuple(blocks)), f"unknown ({kind} blocks {blocks})")
-    inner = state.get(f"{BACKBONE}s1.b1.f.b.weight")
-    if kind == "bottleneck" and inner is not None:
-        facts["RESNET.NUM_GROUPS"] = inner.shape[0] // inner.shape[1]
-        facts["RESNET.WIDTH_PER_GROUP"] = inner.shape[1]
-    if "fc.weight" in state:
+    inner = _shape(state, f"{BACKBONE}s1.b1.f.b.weight", dims=4)
+    if kind == "bottleneck" and inner:
+        facts["RESNET.NUM_GROUPS"] = inner[0] // inner[1]
+        facts["RESNET.WIDTH_PER_GROUP"] = inner[1]
+    if fc := _shape(state, "fc.weight", dims=2):
         facts["MODEL.FUSION"] = "orthogonal" if "fc_t.weight" in state else "global"
         facts["MODEL.WITH_MA"] = any(key.startswith("localmodel.aspp.") for key in state)
-        facts["MODEL.HEADS.IN_FEAT"] = state["fc.weight"].shape[1]
-        facts["MODEL.HEADS.REDUCTION_DIM"] = state["fc.weight"].shape[0]
-    if "fc_t.weight" in state:
-        facts["MODEL.S3_DIM"], facts["MODEL.S4_DIM"] = state["fc_t.weight"].shape
-    if CLASS_MATRIX in state:
-        facts["MODEL.NUM_CLASSES"] = state[CLASS_MATRIX].shape[0]
+        facts["MODEL.HEADS.REDUCTION_DIM"], facts["MODEL.HEADS.IN_FEAT"] = fc
+    if fc_t := _shape(state, "fc_t.weight", dims=2):
+        facts["MODEL.S3_DIM"], facts["MODEL.S4_DIM"] = fc_t
+    if classes := _shape(state, CLASS_MATRIX, dims=2):
+        facts["MODEL.NUM_CLASSES"] = classes[0]
     return facts
+
+
+def _shape(state: Mapping[str, Tensor], key: str, *, dims: int) -> tuple[int, ...]:
+    """The shape of an entry; empty where it is absent, or not of a kind that could tell anything."""
+    value = state.get(key)
+    return tuple(value.shape) if value is not None and value.dim() == dims and value.numel() else ()
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> list[str]:
@@ -133,8 +149,8 @@ def load_initial(model: nn.Module, state: Mapping[str, Tensor], *, source: str) 
     if lacking:
         notes.append(f"{source}: not in the file, left at their initial values: {_listed(lacking)}")
     if aside:
-        classes = f" ({state[CLASS_MATRIX].shape[0]} classes)" if CLASS_MATRIX in aside else ""
-        notes.append(f"{source}: left aside: {_listed(aside)}{classes}")
+        classes = architecture(state).get("MODEL.NUM_CLASSES") if CLASS_MATRIX in aside else None
+        notes.append(f"{source}: left aside: {_listed(aside)}" + (f", {classes} classes" if classes else ""))
     return notes
 
 
@@ -145,23 +161,28 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], own: Mapping[str, Tenso
         raise WeightsError(f"{source}: weights of another architecture: {', '.join(differ)}")
     missing = [key for key in own if key not in state]
     surplus = [key for key in state if key not in own]
-    shapes = [
-        f"{key} {list(state[key].shape)} (here {list(own[key].shape)})"
+    other = [
+        f"{key} {_kind(state[key])} (here {_kind(own[key])})"
         for key in own
-        if key in state and state[key].shape != own[key].shape
+        if key in state and _kind(state[key]) != _kind(own[key])
     ]
-    problems = [
-        f"{what} {_listed(keys)}"
-        for what, keys in (("lacks", missing), ("unknown", surplus), ("other shapes:", shapes))
-        if keys
-    ]
+    problems = [f"{what} {_listed(keys)}" for what, keys in (("lacks", missing), ("unknown", surplus)) if keys]
+    if other:
+        problems.append(f"other shapes: {', '.join(other[:MOST_LISTED])}" + (", ..." if other[MOST_LISTED:] else ""))
     if problems:
         raise WeightsError(f"{source}: does not fit this network: {'; '.join(problems)}")
     model.load_state_dict(state, strict=True)
 
 
-def _listed(keys, most: int = 4) -> str:
-    """A few of the keys' modules and how many tensors there are, in one line."""
-    keys = sorted(keys)
-    names = list(dict.fromkeys(key if len(keys) <= most else key.partition(".")[0] for key in keys))
-    return f"{', '.join(names[:most])}{', ...' if len(names) > most else ''} ({len(keys)} tensors)"
+def _kind(value: Tensor) -> str:
+    """Shape, and whether the values are whole numbers: those are no weights, and loading would cast them silently."""
+    return f"{list(value.shape)}{'' if value.is_floating_point() else ' of ' + str(value.dtype)}"
+
+
+def _listed(keys: Collection[str]) -> str:
+    """Few keys by their names, many by their modules (`fc`, `globalmodel.s4`), and how many there are, in one line."""
+    names = sorted(keys)
+    if len(names) > MOST_LISTED:
+        names = sorted({re.match(rf"({re.escape(BACKBONE)})?[^.]*", key)[0] for key in keys})
+    shown = ", ".join(names[:MOST_MODULES]) + (", ..." if names[MOST_MODULES:] else "")
+    return f"{shown} ({len(keys)} tensor{'s' if len(keys) != 1 else ''})"

@@ -41,7 +41,7 @@ def transform_train(bgr, box_yxhw, hflip, alpha3, size):
     return transforms.transform_train(bgr, transforms.TrainDraw(tuple(box_yxhw), hflip, tuple(alpha3)), size)
 
 
-def _cfg(variant, **more):
+def _cfg(variant):
     published = {
         "MODEL.DEPTH": variant["depth"],
         "MODEL.WITH_MA": variant["with_ma"],
@@ -86,7 +86,9 @@ def extract(built, image_path, bbox):
 
 def head(kind, W, x, y, s, m, t):
     layer = build_head(HEADS[kind], W.shape[1], W.shape[0], scale=s, margin=m)
-    state = {"weight": torch.from_numpy(W)} | ({"t": torch.tensor([t], dtype=torch.float64)} if kind == "curricular" else {})
+    state = {"weight": torch.from_numpy(W)}
+    if kind == "curricular":
+        state["t"] = torch.tensor([t], dtype=torch.float64)
     layer.to(DTYPE).load_state_dict(state)
     x = torch.from_numpy(x).to(DTYPE).requires_grad_()
     y = torch.from_numpy(y)
