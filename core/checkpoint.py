@@ -12,6 +12,7 @@ from core.environment import atomic_write
 from model.weights import load_strict, normalise_names, read_checkpoint
 
 FOLDER = "checkpoints"
+CONTENT = {"epoch": int, "model_state": dict, "optimizer_state": dict}
 PATTERN = re.compile(r"model_epoch_(\d{4,})\.pyth")
 
 
@@ -44,14 +45,24 @@ def save_checkpoint(cfg: CfgNode, model: nn.Module, optimizer: Optimizer, *, epo
 
 
 def resume(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
-    """Restore model and optimiser exactly; return the number of epochs done. Raises `ValueError` naming the file."""
+    """Restore weights and momentum exactly; return the number of epochs done. Raises `ValueError` naming the file.
+
+    Rates, decay and the like stay those of the configuration, which may have been changed since.
+    """
     content = read_checkpoint(path)
-    absent = [key for key in ("epoch", "model_state", "optimizer_state") if key not in content]
+    absent = [key for key, kind in CONTENT.items() if not isinstance(content.get(key), kind)]
     if absent:
         raise ValueError(f"{path}: no checkpoint of a training run, it lacks {', '.join(absent)}")
-    load_strict(model, normalise_names(content, source=str(path)), source=str(path))
+    state = normalise_names(content, source=str(path))
+    load_strict(model, state, source=str(path))
+    own = [name for name, _ in model.named_parameters()]
+    if [name for name in state if name in set(own)] != own:  # the optimiser numbers them
+        raise ValueError(f"{path}: its parameters stand in another order; start from it with TRAIN.WEIGHTS instead")
+    configured = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
     try:
         optimizer.load_state_dict(content["optimizer_state"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its optimizer state does not fit this configuration ({error})") from None
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
     return content["epoch"] + 1

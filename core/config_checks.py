@@ -122,8 +122,9 @@ def _check_training(cfg: CfgNode) -> None:
 
 
 def _check_extraction(cfg: CfgNode) -> None:
-    if not 1 <= cfg.INFER.CUT_NUM <= cfg.INFER.TOTAL_NUM:
-        raise ConfigError(f"INFER.CUT_NUM is {cfg.INFER.CUT_NUM}, it must be 1 to INFER.TOTAL_NUM {cfg.INFER.TOTAL_NUM}")
+    cut, total = cfg.INFER.CUT_NUM, cfg.INFER.TOTAL_NUM
+    if not 1 <= cut <= total:
+        raise ConfigError(f"INFER.CUT_NUM is {cut}, it must be 1 to INFER.TOTAL_NUM ({total})")
     if not cfg.INFER.SCALES or not all(0 < scale < math.inf for scale in cfg.INFER.SCALES):
         raise ConfigError(f"INFER.SCALES {cfg.INFER.SCALES} must be numbers above 0")
     if len(set(cfg.INFER.DATASETS)) != len(cfg.INFER.DATASETS):

@@ -3,10 +3,11 @@
 The functions that communicate are no-ops in a single process.
 """
 
+import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -51,17 +52,25 @@ def _spawn(work: Callable[[CfgNode], None], cfg: CfgNode, world: int) -> None:
             raise ValueError(f"PORT {cfg.PORT} on {cfg.HOST} cannot be used ({error.strerror}): give another") from None
     os.environ |= {"MASTER_ADDR": cfg.HOST, "MASTER_PORT": str(cfg.PORT)}
     user_errors = mp.get_context("spawn").SimpleQueue()
-    processes = mp.start_processes(
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it tells of every process it ends
+    context = mp.start_processes(
         _spawned, args=(work, cfg, world, user_errors), nprocs=world, join=False, start_method="spawn"
     )
     try:
-        while not processes.join():
+        while not context.join():
             pass
-    except mp.ProcessExitedException as error:
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+        # One process's mistake breaks the others' connections, and any of them may be noticed first.
         if not user_errors.empty():
             raise ValueError(user_errors.get()) from None
-        print(f"error: process {error.error_index} of the run ended: {error}", file=sys.stderr)
+        if isinstance(error, mp.ProcessRaisedException):
+            raise
+        print(f"error: a process of the run ended: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        for process in context.processes:  # still alive only if this process was interrupted
+            process.terminate()
+            process.join()
 
 
 def _spawned(rank: int, work: Callable[[CfgNode], None], cfg: CfgNode, world: int, user_errors) -> None:
@@ -78,10 +87,9 @@ def _join(work: Callable[[CfgNode], None], cfg: CfgNode, rank: int, world: int, 
     if cfg.NUM_GPUS:
         torch.cuda.set_device(local_rank)
     dist.init_process_group(cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo", rank=rank, world_size=world)
-    try:
-        work(cfg)
-    finally:
-        dist.destroy_process_group()
+    work(cfg)
+    # Not after a failure: the others may be waiting in a call that this process will never join.
+    dist.destroy_process_group()
 
 
 def training_device(num_gpus: int) -> torch.device:
@@ -105,6 +113,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
+    """Give every process the first one's values, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def barrier() -> None:

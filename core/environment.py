@@ -29,7 +29,8 @@ def is_user_error(error: BaseException) -> bool:
     while innermost.tb_next is not None:
         innermost = innermost.tb_next
     code = innermost.tb_frame.f_code
-    ours = Path(code.co_filename).is_relative_to(ROOT) and "site-packages" not in code.co_filename
+    path = Path(code.co_filename).resolve()  # the repository may be reached by a link
+    ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
     return ours and code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 

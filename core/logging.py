@@ -1,14 +1,23 @@
 """Log lines on stdout or in OUT_DIR/stdout.log, from the first process only."""
 
-import decimal
 import logging
+import math
 import sys
 from pathlib import Path
 
 import simplejson
+from tqdm import tqdm
 
 JSON_PREFIX = "json_stats: "
 LOGGER = logging.getLogger("dolg")
+
+
+class _BesideProgressBars(logging.StreamHandler):
+    """Writes lines above the bars on a terminal instead of into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+        self.flush()
 
 
 def setup_logging(log_file: Path | None, *, quiet: bool = False) -> None:
@@ -21,7 +30,7 @@ def setup_logging(log_file: Path | None, *, quiet: bool = False) -> None:
     if quiet:
         LOGGER.addHandler(logging.NullHandler())
         return
-    handler = logging.FileHandler(log_file) if log_file else logging.StreamHandler(sys.stdout)
+    handler = logging.FileHandler(log_file) if log_file else _BesideProgressBars(sys.stdout)
     handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     LOGGER.addHandler(handler)
 
@@ -36,10 +45,12 @@ def log_stats(kind: str, **stats) -> None:
 
 
 def _rounded(value):
-    """Six significant digits, written without an exponent."""
+    """Six significant digits, written without an exponent; null where there is no number."""
     if not isinstance(value, float):
         return value
-    return decimal.Decimal(f"{float(f'{value:.6g}'):.12f}".rstrip("0").rstrip(".") or "0")
+    if not math.isfinite(value):
+        return None  # JSON has no such number
+    return simplejson.RawJSON(f"{float(f'{value:.6g}'):.12f}".rstrip("0").rstrip("."))
 
 
 def read_stats(lines) -> list[dict]:

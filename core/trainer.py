@@ -1,6 +1,5 @@
 """Training: set up, then epochs of steps, validation and checkpoints."""
 
-import contextlib
 import math
 
 import numpy as np
@@ -9,18 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
-from tqdm.contrib.logging import logging_redirect_tqdm
 from yacs.config import CfgNode
 
 from core import builders
 from core.checkpoint import newest_checkpoint, resume, save_checkpoint
-from core.distributed import barrier, is_main, training_device, world_size
+from core.distributed import barrier, broadcast_from_main, is_main, training_device, world_size
 from core.environment import code_version
-from core.logging import LOGGER, log, log_stats, setup_logging
+from core.logging import log, log_stats, setup_logging
 from core.meters import Clock, Sums, memory_mb
 from core.optimizer import set_learning_rate
-from core.output import log_file, output_folder
+from core.output import log_file, write_config
 from core.precise_bn import update_precise_bn
 from core.progress import progress
 
@@ -39,14 +36,14 @@ def train(cfg: CfgNode) -> None:
         notes.append(f"resuming from {newest}: {run.epochs_done} of {cfg.OPTIM.MAX_EPOCH} epochs done")
     elif cfg.TRAIN.WEIGHTS:
         notes = builders.load_initial_weights(cfg, run.model)
-    barrier()  # no process leaves traces on the disk before all have found their input in order
-    with output_folder(cfg) if is_main() else contextlib.nullcontext():
-        setup_logging(log_file(cfg), quiet=not is_main())
-        with logging_redirect_tqdm([LOGGER]):
-            run.log_start()
-            for note in notes:
-                log(note)
-            run.train()
+    barrier()  # nothing is written before all processes have found their input in order
+    if is_main():
+        write_config(cfg)
+    setup_logging(log_file(cfg), quiet=not is_main())
+    run.log_start()
+    for note in notes:
+        log(note)
+    run.train()
 
 
 def train_step(network: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,15 +95,22 @@ class Run:
         while self.epochs_done < cfg.OPTIM.MAX_EPOCH:
             self.train_epoch(network)
             self.epochs_done += 1
-            if self.is_due(cfg.TRAIN.EVAL_PERIOD):
+            validate = self.test_loader is not None and self.is_due(cfg.TRAIN.EVAL_PERIOD)
+            save = self.is_due(cfg.TRAIN.CHECKPOINT_PERIOD)
+            if validate or save:
+                self.settle_batch_norm()
+            if validate:
                 self.validate()
-            if self.is_due(cfg.TRAIN.CHECKPOINT_PERIOD):
+            if save:
                 self.save()
 
     def is_due(self, period: int) -> bool:
         return self.epochs_done % period == 0 or self.epochs_done == self.cfg.OPTIM.MAX_EPOCH
 
     def save(self) -> None:
+        for key, value in self.model.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():  # such a file could not be loaded again
+                raise FloatingPointError(f"{key} is not finite after epoch {self.epochs_done}: lower OPTIM.BASE_LR")
         if is_main():
             path = save_checkpoint(self.cfg, self.model, self.optimizer, epochs_done=self.epochs_done)
             log(f"saved {path}")
@@ -165,21 +169,25 @@ class Run:
         per_second = self.cfg.TRAIN.BATCH_SIZE / max(clock.per_iteration, 1e-9)
         return {"time_avg": clock.per_iteration, "images_per_s": per_second, "mem": memory_mb(self.device)}
 
-    @torch.no_grad()
-    def validate(self) -> None:
-        """Log loss and errors over every image of the list exactly once, from plain cosines."""
-        if self.test_loader is None:
-            return
+    def settle_batch_norm(self) -> None:
+        """Give all processes the same batch-norm statistics: what is validated is what is saved."""
         if self.cfg.BN.USE_PRECISE_STATS:
             batches = self.cfg.BN.NUM_SAMPLES_PRECISE // self.cfg.TRAIN.BATCH_SIZE
             update_precise_bn(self.model, self.train_loader, self.device, batches=batches)
+        else:
+            broadcast_from_main(self.model.buffers())
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Log loss and errors over every image of the list exactly once, from plain cosines."""
         self.model.eval()
         sums = Sums(self.device)
-        for images, labels, _ in progress(self.test_loader, "validation", unit="batch", leave=False):
-            labels = labels.to(self.device)
-            logits = self.model(images.to(self.device, memory_format=torch.channels_last))
-            sums.add(F.cross_entropy(logits, labels), logits, labels)
-        stats = sums.read()
+        with progress(self.test_loader, "validation", unit="batch", leave=False) as bar:
+            for images, labels, _ in bar:
+                labels = labels.to(self.device)
+                logits = self.model(images.to(self.device, memory_format=torch.channels_last))
+                sums.add(F.cross_entropy(logits, labels), logits, labels)
+        stats = sums.read()  # may overflow in the first epochs, whose batch-norm statistics are half those of the start
         self.lowest_error = min(self.lowest_error, stats["top1_err"])
         log_stats(
             "test_epoch",

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,9 @@ def image_folder(folder: str | os.PathLike) -> tuple[ImageList, int]:
     if not images:
         raise ImageError(f"INFER.IMAGES {folder}: no image in it (looked for {' '.join(EXTENSIONS)})")
     names = [path.relative_to(folder).as_posix() for path in images]
+    for name in names:  # each becomes a line of a table
+        if re.search(r"[\t\n\r\ud800-\udfff]", name):
+            raise ImageError(f"INFER.IMAGES {folder}: {name!a} holds a tab, a line break or no UTF-8, rename that file")
     return ImageList(names, images, [None] * len(images)), len(files) - len(images)
 
 
