@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import SGD
 from yacs.config import CfgNode
 
-from core.checkpoint import newest_checkpoint
+from core.checkpoint import newest_checkpoint, read_weights
 from core.distributed import rank, world_size
 from core.download import local_path
 from core.optimizer import build_sgd
@@ -18,7 +18,7 @@ from model.classifier import Classifier
 from model.dolg import DOLG
 from model.margin import build_head
 from model.resnet import ResNet
-from model.weights import load_initial, load_strict, read_state
+from model.weights import load_initial, load_strict
 
 
 def _backbone(cfg: CfgNode) -> ResNet:
@@ -66,7 +66,7 @@ def build_classifier(cfg: CfgNode) -> Classifier:
 def load_initial_weights(cfg: CfgNode, model: Classifier) -> list[str]:
     """Load TRAIN.WEIGHTS, a file or an address; return the notes of the load."""
     path = local_path(cfg.TRAIN.WEIGHTS, Path(cfg.DOWNLOAD_CACHE).expanduser())
-    return load_initial(model, read_state(path), source=str(path))
+    return load_initial(model, read_weights(path, cfg), source=str(path))
 
 
 def tested_weights(cfg: CfgNode) -> Path:
@@ -82,7 +82,7 @@ def tested_weights(cfg: CfgNode) -> Path:
 def load_tested_weights(cfg: CfgNode, model: DOLG) -> tuple[Path, list[str]]:
     """Load `tested_weights` strictly; return the file and the notes of the load."""
     path = tested_weights(cfg)
-    return path, load_strict(model, read_state(path), source=str(path))
+    return path, load_strict(model, read_weights(path, cfg), source=str(path))
 
 
 def build_train_loader(cfg: CfgNode) -> ImageLoader:

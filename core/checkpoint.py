@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import torch
-from torch import nn
+import yaml
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
@@ -12,6 +13,8 @@ from core.environment import atomic_write
 from model.weights import load_strict, normalise_names, read_checkpoint
 
 FOLDER = "checkpoints"
+# Settings that change what a network computes without changing a shape: a file's own `cfg` tells them.
+UNSEEN_IN_SHAPES = ("RESNET.STRIDE_1X1", "BN.EPS")
 CONTENT = {"epoch": int, "model_state": dict, "optimizer_state": dict}
 PATTERN = re.compile(r"model_epoch_(\d{4,})\.pyth")
 
@@ -42,6 +45,30 @@ def save_checkpoint(cfg: CfgNode, model: nn.Module, optimizer: Optimizer, *, epo
     with atomic_write(path) as file:
         torch.save(content, file)
     return path
+
+
+def read_weights(path: Path, cfg: CfgNode) -> dict[str, Tensor]:
+    """The state dict in a file of any known form (`model.weights`), checked against `cfg` as far as the file can tell.
+
+    Raises `ValueError` naming the file: it cannot be read, or was trained with a setting that its shapes do not show
+    and that is another one here.
+    """
+    content = read_checkpoint(path)
+    _check_saved_cfg(content.get("cfg"), cfg, path)
+    return normalise_names(content, source=str(path))
+
+
+def _check_saved_cfg(text: object, cfg: CfgNode, path: Path) -> None:
+    try:
+        saved = yaml.safe_load(text) if isinstance(text, str) else None
+    except yaml.YAMLError:
+        return  # a note of somebody else's: the shapes have to do
+    for key in UNSEEN_IN_SHAPES:
+        section, name = key.split(".")
+        there = saved.get(section) if isinstance(saved, dict) else None
+        here = cfg[section][name]
+        if isinstance(there, dict) and there.get(name, here) != here:
+            raise ValueError(f"{path}: trained with {key} {there[name]}, here it is {here}: set {key} {there[name]}")
 
 
 def resume(path: Path, model: nn.Module, optimizer: Optimizer) -> int:

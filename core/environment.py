@@ -35,7 +35,7 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def entry_point(main: Callable) -> Callable:
-    """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2, Ctrl-C gives 130."""
+    """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2; Ctrl-C gives 130."""
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
@@ -46,6 +46,9 @@ def entry_point(main: Callable) -> Callable:
                 raise
             print(f"error: {error}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
+        except FloatingPointError as error:  # a loss that is not finite
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

@@ -49,11 +49,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return dict(content)
 
 
-def read_state(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Read the weights of any known form under the names DOLG uses; `head.*` of an ImageNet file stays as it is."""
-    return normalise_names(read_checkpoint(path), source=str(path))
-
-
 def normalise_names(content: Mapping, *, source: str) -> dict[str, Tensor]:
     """A checkpoint's content -> state dict under DOLG's names. Raises `WeightsError` where that is not possible."""
     state = content.get("model_state", content)

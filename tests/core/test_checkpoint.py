@@ -1,3 +1,4 @@
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.checkpoint import checkpoint_path, newest_checkpoint, resume, save_checkpoint
-from core.config import load_cfg
+from core.checkpoint import checkpoint_path, newest_checkpoint, read_weights, resume, save_checkpoint
+from core.config import get_cfg, load_cfg
 from core.optimizer import build_sgd
 from model.weights import WeightsError
 from tests.small_run import ROOT, child_environment
@@ -200,7 +201,7 @@ def test_a_file_cut_short_is_refused(cfg, trained):
 SAVE_FOR_EVER = """
 import sys, torch
 from core import checkpoint
-from core.config import load_cfg
+from core.config import get_cfg, load_cfg
 from core.optimizer import build_sgd
 
 model = torch.nn.Linear(2000, 2000)
@@ -236,7 +237,7 @@ def test_a_process_killed_in_the_middle_of_a_save_leaves_the_checkpoint_before(t
 SAVE_AGAIN_AND_AGAIN = """
 import itertools, sys, torch
 from core.checkpoint import save_checkpoint
-from core.config import load_cfg
+from core.config import get_cfg, load_cfg
 from core.optimizer import build_sgd
 
 model = torch.nn.Linear(1000, 1000)
@@ -260,3 +261,23 @@ def test_whenever_a_process_is_killed_every_checkpoint_there_is_whole(tmp_path):
     for path in (tmp_path / "checkpoints").glob("*.pyth"):
         weight = torch.load(path, weights_only=True)["model_state"]["weight"]
         assert weight.eq(weight[0, 0]).all() and weight[0, 0] >= 1
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [("{RESNET: {STRIDE_1X1: false}}", "RESNET.STRIDE_1X1 False"), ("{BN: {EPS: 0.001}}", "BN.EPS 0.001")],
+)
+def test_weights_trained_with_another_setting_that_no_shape_shows_are_refused(tmp_path, saved, said):
+    path = tmp_path / "weights.pyth"
+    torch.save({"model_state": {"fc.bias": torch.zeros(3)}, "cfg": saved}, path)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: trained with {said}, here it is")):
+        read_weights(path, get_cfg())
+
+
+@pytest.mark.parametrize(
+    "saved", ["{RESNET: {STRIDE_1X1: true, DEPTH: 3}, BN: {EPS: 1.0e-05}}", "{", "", "RESNET", "{RESNET: [1]}", 3, None]
+)
+def test_a_saved_configuration_that_agrees_or_says_nothing_is_no_hindrance(tmp_path, saved):
+    path = tmp_path / "weights.pyth"
+    torch.save({"model_state": {"fc.bias": torch.ones(3)}, "cfg": saved}, path)
+    assert read_weights(path, get_cfg())["fc.bias"].tolist() == [1, 1, 1]

@@ -24,7 +24,6 @@ from model.weights import (
     load_strict,
     normalise_names,
     read_checkpoint,
-    read_state,
 )
 
 NAMES = Path(__file__).parents[1] / "goldens" / "model" / "names_R50_MA.txt"
@@ -36,6 +35,11 @@ def thin(monkeypatch):
     monkeypatch.setattr(resnet, "STEM_WIDTH", 4)
     monkeypatch.setattr(resnet, "BASIC_WIDTHS", (4, 6, 8, 10))
     monkeypatch.setattr(resnet, "BOTTLENECK_WIDTHS", (6, 8, 10, 12))
+
+
+def read_state(path):
+    """As core/checkpoint.py reads weights."""
+    return normalise_names(read_checkpoint(path), source=str(path))
 
 
 def backbone(depth: int = 50, *, groups: int = 1, width_per_group: int = 2) -> ResNet:
