@@ -5,9 +5,10 @@
 - `images/<landmark>/<view>.jpg` with `train_list.txt` and `val_list.txt` (lines `path label`), the training set;
 - `jpg/<name>.jpg` with `gnd_toy.pkl`, a retrieval set in the Revisited format (Radenovic et al., CVPR 2018), of other
   buildings than the training set: queries with boxes, and a database with distractors that show none of them;
-- `toy.json`, written last: parameters, counts, and for every picture its size, digest and what is seen in it.
+- `toy.json`, written last: parameters, counts, and for every picture its size, digest and what it shows.
 
-A picture is a function of (seed, role, landmark, view) alone; the same versions of NumPy and OpenCV give the same bytes.
+A picture is a function of (seed, role, landmark, view) alone: with the same versions of NumPy and OpenCV, of the same
+bytes.
 """
 
 import hashlib
@@ -27,22 +28,22 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.toy_buildings import Card, build
+from datasets.toy_camera import Photo, take
+from datasets.toy_groundtruth import ground_truth
 from datasets.toy_plans import draw_plan
-from datasets.toy_views import Photo, View, draw_view, take
+from datasets.toy_views import View, draw_view
 
 VERSION = 1  # raise it when the same parameters give other pictures
 TRAIN, RETRIEVAL, DISTRACTOR, HOUSE = range(4)  # what a building is for
 ROLES = ("train", "val", "query", "database", "distractor")
 LEVELS = {"train": 0.6, "val": 0.6, "query": 0.4, "database": 0.9, "distractor": 0.6}  # how cruel views get, of 1
 HOUSES = 12  # ordinary houses to put beside the landmarks
-EASY_VISIBLE, JUNK_VISIBLE, JUNK_AREA = 0.7, 0.35, 0.02  # parts of the landmark, of the landmark, of the frame
-EASY_CHANGE = 0.35  # most change of look that is still easy
 
 Task = tuple[int, int, int, list[tuple[str, int, int]]]  # seed, purpose, landmark, pictures (path, role, view)
 
 
 def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")
     with part.open("wb") as f:
         f.write(data)
         f.flush()
@@ -84,7 +85,7 @@ def _photograph(seed: int, purpose: int, landmark: int, role: str, view: int) ->
         conditions = draw_view(rng, level * 0.8**attempt, aspect)
         others = [_houses(seed)[int(rng.integers(HOUSES))] for _ in range(conditions.neighbours)]
         photo = take(rng, cards, conditions, others)
-        if photo.visible >= least and (least == 0 or photo.area >= 2 * JUNK_AREA):
+        if photo.visible >= least and (least == 0 or photo.area >= 0.04):
             return photo, conditions
     raise AssertionError("unreachable")
 
@@ -101,9 +102,14 @@ def _render(folder: Path, task: Task) -> dict[str, dict]:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         _write(folder / path, content)
         records[path] = {
-            "role": ROLES[role], "landmark": landmark, "size": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(), "visible": round(photo.visible, 4),
-            "area": round(photo.area, 4), "severity": round(conditions.severity, 4), "yaw": round(conditions.yaw, 2),
+            "role": ROLES[role],
+            "landmark": landmark,
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "visible": round(photo.visible, 4),
+            "area": round(photo.area, 4),
+            "severity": round(conditions.severity, 4),
+            "yaw": round(conditions.yaw, 2),
             "box": None if photo.box is None else list(photo.box),
         }
     return records
@@ -117,35 +123,12 @@ def _tasks(p: dict[str, int]) -> Iterator[Task]:
         yield seed, TRAIN, k, pictures
     for k in range(p["retrieval_landmarks"]):
         pictures = [(f"jpg/query_{k:03d}_{v}.jpg", ROLES.index("query"), v) for v in range(p["queries"])]
-        pictures += [(f"jpg/landmark_{k:03d}_{v:02d}.jpg", ROLES.index("database"), v)
-                     for v in range(p["database_views"])]
+        pictures += [
+            (f"jpg/landmark_{k:03d}_{v:02d}.jpg", ROLES.index("database"), v) for v in range(p["database_views"])
+        ]
         yield seed, RETRIEVAL, k, pictures
     for k in range(p["distractors"]):
         yield seed, DISTRACTOR, k, [(f"jpg/other_{k:04d}.jpg", ROLES.index("distractor"), 0)]
-
-
-def grade(query: dict, image: dict) -> str:
-    """easy, hard or junk: how well a database picture of the query's landmark can be matched to it, by its record."""
-    if image["visible"] < JUNK_VISIBLE or image["area"] < JUNK_AREA:
-        return "junk"
-    change = image["severity"] + 0.3 * abs(image["yaw"] - query["yaw"]) / 50
-    return "easy" if image["visible"] >= EASY_VISIBLE and change <= EASY_CHANGE else "hard"
-
-
-def _ground_truth(seed: int, records: dict[str, dict]) -> dict:
-    """The Revisited dictionary imlist, qimlist, gnd; the database in a random order, so that no tie favours anybody."""
-    queries = sorted(path for path, r in records.items() if r["role"] == "query")
-    database = sorted(path for path, r in records.items() if r["role"] in ("database", "distractor"))
-    database = [database[i] for i in np.random.default_rng(seed).permutation(len(database))]
-    gnd = []
-    for path in queries:
-        query = records[path]
-        entry: dict = {"bbx": [float(v) for v in query["box"]], "easy": [], "hard": [], "junk": []}
-        for i, name in enumerate(database):
-            if records[name]["role"] == "database" and records[name]["landmark"] == query["landmark"]:
-                entry[grade(query, records[name])].append(i)
-        gnd.append(entry)
-    return {"imlist": [Path(n).stem for n in database], "qimlist": [Path(n).stem for n in queries], "gnd": gnd}
 
 
 def _tables(p: dict[str, int], records: dict[str, dict]) -> dict[str, bytes]:
@@ -154,22 +137,25 @@ def _tables(p: dict[str, int], records: dict[str, dict]) -> dict[str, bytes]:
     for role in ("train", "val"):
         lines = [f"{path} {r['landmark']}\n" for path, r in sorted(records.items()) if r["role"] == role]
         tables[f"{role}_list.txt"] = "".join(lines).encode()
-    tables["gnd_toy.pkl"] = pickle.dumps(_ground_truth(p["seed"], records), protocol=2)
+    tables["gnd_toy.pkl"] = pickle.dumps(ground_truth(p["seed"], records), protocol=2)
     return tables
 
 
 def _known(folder: Path, parameters: dict[str, int]) -> dict[str, dict]:
     """Records of the pictures already there and whole. Empties a folder made with other parameters, or half made."""
     manifest, begun = folder / "toy.json", folder / "toy.unfinished"
-    if folder.exists() and any(folder.iterdir()) and not manifest.exists() and not begun.exists():
+    if folder.is_dir() and any(folder.iterdir()) and not manifest.exists() and not begun.exists():
         raise ValueError(f"{folder} holds files that are not the toy set; name another folder, or empty this one")
     try:
         found = json.loads(manifest.read_bytes())
         if found["version"] == VERSION and found["parameters"] == parameters:
             records = found["images"]
-            return {path: r for path, r in records.items()
-                    if (folder / path).is_file() and (folder / path).stat().st_size == r["size"]}
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+            return {
+                path: r
+                for path, r in records.items()
+                if (folder / path).is_file() and (folder / path).stat().st_size == r["size"]
+            }
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass  # no usable manifest: make everything
     folder.mkdir(parents=True, exist_ok=True)
     _write(begun, b"the toy set is being made here; run the generator again to finish it\n")
@@ -179,18 +165,36 @@ def _known(folder: Path, parameters: dict[str, int]) -> dict[str, dict]:
     return {}
 
 
-def generate(root: Path, *, seed: int = 0, train_landmarks: int = 56, views: int = 18, val_views: int = 3,
-             retrieval_landmarks: int = 20, queries: int = 2, database_views: int = 10, distractors: int = 100,
-             workers: int = 2, progress: bool = True) -> Path:
+def generate(
+    root: Path,
+    *,
+    seed: int = 0,
+    train_landmarks: int = 56,
+    views: int = 18,
+    val_views: int = 3,
+    retrieval_landmarks: int = 20,
+    queries: int = 2,
+    database_views: int = 10,
+    distractors: int = 100,
+    workers: int = 1,
+    progress: bool = True,
+) -> Path:
     """Make the toy set in `<root>/toy` and return that folder.
 
     `views`, `val_views`, `queries` and `database_views` are numbers of pictures a landmark. What a former run with the
-    same parameters left is kept; a picture that is absent or has not its recorded size is made again. With more than
-    one worker, processes are spawned. Raises ValueError for a useless number and for a folder that holds something else.
+    same parameters left is kept; a picture that is absent or has not its recorded size is made again. More than one
+    worker means spawned processes. Raises ValueError for a useless number, and for a folder that holds something else.
     """
-    parameters = {"seed": seed, "train_landmarks": train_landmarks, "views": views, "val_views": val_views,
-                  "retrieval_landmarks": retrieval_landmarks, "queries": queries, "database_views": database_views,
-                  "distractors": distractors}
+    parameters = {
+        "seed": seed,
+        "train_landmarks": train_landmarks,
+        "views": views,
+        "val_views": val_views,
+        "retrieval_landmarks": retrieval_landmarks,
+        "queries": queries,
+        "database_views": database_views,
+        "distractors": distractors,
+    }
     for name, value in parameters.items():
         least = 0 if name in ("seed", "distractors") else 1
         if value < least:
@@ -218,9 +222,14 @@ def generate(root: Path, *, seed: int = 0, train_landmarks: int = 56, views: int
             _write(folder / name, data)
     digest = hashlib.sha256("".join(f"{path} {records[path]['sha256']}\n" for path in sorted(records)).encode())
     counts = {role: sum(r["role"] == role for r in records.values()) for role in ROLES}
-    manifest = {"version": VERSION, "parameters": parameters, "counts": counts, "sha256": digest.hexdigest(),
-                "files": {name: len(data) for name, data in tables.items()},
-                "images": {path: records[path] for path in sorted(records)}}
+    manifest = {
+        "version": VERSION,
+        "parameters": parameters,
+        "counts": counts,
+        "sha256": digest.hexdigest(),
+        "files": {name: len(data) for name, data in tables.items()},
+        "images": {path: records[path] for path in sorted(records)},
+    }
     text = json.dumps(manifest, indent=0).encode()
     if not (folder / "toy.json").is_file() or (folder / "toy.json").read_bytes() != text:
         _write(folder / "toy.json", text)
@@ -238,7 +247,7 @@ def contact_sheet(root: Path, path: Path, *, rows: int = 12, columns: int = 10) 
         names = [n for n, r in images.items() if (r["role"], r["landmark"]) == wanted][:columns]
         for column, name in enumerate(names):
             image = cv2.imread(str(folder / name))
-            sheet[row * 172:row * 172 + image.shape[0], column * 172:column * 172 + image.shape[1]] = image
+            sheet[row * 172 : row * 172 + image.shape[0], column * 172 : column * 172 + image.shape[1]] = image
     done, data = cv2.imencode(".png", sheet)
     assert done, path
     _write(Path(path), data.tobytes())

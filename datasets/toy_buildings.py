@@ -13,6 +13,9 @@ import numpy as np
 from datasets.toy_facades import SCALE, Painter, cap, door, masonry, ornament, tone, window
 from datasets.toy_plans import GABLES, Plan, Tower
 
+Vector = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class Card:
     """`texture` uint8 [h, w, 4] (BGR, alpha) over `corners` [4, 3]: bottom left, bottom right, top right, top left,
@@ -34,8 +37,8 @@ def _storeys(p: Painter, plan: Plan, bays: int, *, front: bool) -> None:
                 continue
             if front and level == 0 and i == plan.door_bay:
                 continue
-            window(p, storey.window, (i + 0.5) * bay, y + 0.2 * storey.height, storey.width * bay,
-                   storey.rise * storey.height, plan.glass, plan.trim)
+            middle, sill, tall = (i + 0.5) * bay, y + 0.2 * storey.height, storey.rise * storey.height
+            window(p, storey.window, middle, sill, storey.width * bay, tall, plan.glass, plan.trim)
         y += storey.height
     if plan.pilasters:
         for i in range(bays + 1):
@@ -47,8 +50,8 @@ def _storeys(p: Painter, plan: Plan, bays: int, *, front: bool) -> None:
             p.rect(0, low, long, low + 0.4, plan.trim)
             p.rect(p.width - long, low, p.width, low + 0.4, plan.trim)
     if front:
-        door(p, plan.door, (plan.door_bay + 0.5) * bay, min(1.3, 0.6 * bay), 0.75 * plan.storeys[0].height,
-             tone(plan.accent, 0.7), plan.trim)
+        wide, tall = min(1.3, 0.6 * bay), 0.75 * plan.storeys[0].height
+        door(p, plan.door, (plan.door_bay + 0.5) * bay, wide, tall, tone(plan.accent, 0.7), plan.trim)
 
 
 def _crown(p: Painter, kind: str, y: float, top: float, plan: Plan) -> None:
@@ -58,11 +61,12 @@ def _crown(p: Painter, kind: str, y: float, top: float, plan: Plan) -> None:
         p.polygon([(0, y), (w, y), (w / 2, top)], plan.wall)
         p.line([(0, y), (w / 2, top), (w, y)], plan.trim, 0.22)
     elif kind == "steps":
+        rise = (top - y) / 6
         for k in range(6):
-            p.rect(w * k / 12, y + (top - y) * (k - 0.01) / 6, w * (1 - k / 12), y + (top - y) * (k + 1) / 6, plan.wall)
-            p.rect(w * k / 12, y + (top - y) * (k + 0.85) / 6, w * (k + 1) / 12, y + (top - y) * (k + 1) / 6, plan.trim)
-            p.rect(w * (1 - (k + 1) / 12), y + (top - y) * (k + 0.85) / 6, w * (1 - k / 12),
-                   y + (top - y) * (k + 1) / 6, plan.trim)
+            left, right, ledge = w * k / 12, w * (1 - k / 12), y + rise * (k + 0.85)
+            p.rect(left, y + rise * (k - 0.01), right, y + rise * (k + 1), plan.wall)
+            p.rect(left, ledge, left + w / 12, y + rise * (k + 1), plan.trim)
+            p.rect(right - w / 12, ledge, right, y + rise * (k + 1), plan.trim)
     elif kind == "curved":
         t = np.linspace(0, 1, 20)
         half = w / 2 * (1 - t) * (1 + 0.45 * np.sin(t * 4 * np.pi))
@@ -98,8 +102,9 @@ def _wall(plan: Plan, width: float, height: float, top: float, crown: str, rng: 
     return p
 
 
-def _card(p: Painter, origin: tuple[float, float, float], along: tuple[float, float, float],
-          up: tuple[float, float, float] | None = None, *, upright: bool = False, shade: float = 1.0) -> Card:
+def _card(
+    p: Painter, origin: Vector, along: Vector, up: Vector | None = None, *, upright: bool = False, shade: float = 1.0
+) -> Card:
     """Span the painted texture from `origin` (its bottom left corner) along two directions, by default straight up."""
     o, a = np.asarray(origin, np.float64), np.asarray(along, np.float64)
     u = np.asarray(up if up is not None else (0.0, p.height, 0.0), np.float64)
@@ -132,20 +137,26 @@ def _roof(plan: Plan, rng: np.random.Generator) -> list[Card]:
         return p
 
     side = slope(depth, inset, 0)
-    cards = [_card(side, (width / 2, eaves, 0), (0, 0, depth), (-lean, rise, 0), shade=0.85),
-             _card(side, (-width / 2, eaves, depth), (0, 0, -depth), (lean, rise, 0), shade=1.05)]
+    cards = [
+        _card(side, (width / 2, eaves, 0), (0, 0, depth), (-lean, rise, 0), shade=0.85),
+        _card(side, (-width / 2, eaves, depth), (0, 0, -depth), (lean, rise, 0), shade=1.05),
+    ]
     if plan.roof not in GABLES:
         front = slope(width, inset, plan.dormers)
         cards.append(_card(front, (-width / 2, eaves, 0), (width, 0, 0), (0, rise, lean)))
     return cards
 
 
-def _box(front: Painter, side: Painter, x: float, z: float, depths: tuple[float, float], base: float = 0.0) -> list[Card]:
+def _box(
+    front: Painter, side: Painter, x: float, z: float, depths: tuple[float, float], base: float = 0.0
+) -> list[Card]:
     """Left wall, right wall and front of a box around x; the front stands at z, the walls go back by their depths."""
     half = front.width / 2
-    return [_card(side, (x - half, base, z + depths[0]), (0, 0, -depths[0]), shade=1.06),
-            _card(side, (x + half, base, z), (0, 0, depths[1]), shade=0.8),
-            _card(front, (x - half, base, z), (front.width, 0, 0))]
+    return [
+        _card(side, (x - half, base, z + depths[0]), (0, 0, -depths[0]), shade=1.06),
+        _card(side, (x + half, base, z), (0, 0, depths[1]), shade=0.8),
+        _card(front, (x - half, base, z), (front.width, 0, 0)),
+    ]
 
 
 def _tower(plan: Plan, tower: Tower, rng: np.random.Generator) -> list[Card]:

@@ -209,6 +209,6 @@ def ornament(p: Painter, kind: str, x: float, y: float, size: float, trim: Colou
         p.rect(x - 0.12 * size, y - r, x + 0.12 * size, y + 0.25 * size, trim)
         p.disc(x, y + 0.37 * size, 0.11 * size, 0.13 * size, trim)
     elif kind == "banner":
-        p.polygon([(x - 0.6 * r, y + r), (x + 0.6 * r, y + r), (x + 0.6 * r, y - 1.6 * r), (x, y - 1.1 * r),
-                   (x - 0.6 * r, y - 1.6 * r)], accent)
+        side, low = 0.6 * r, y - 1.6 * r
+        p.polygon([(x - side, y + r), (x + side, y + r), (x + side, low), (x, y - 1.1 * r), (x - side, low)], accent)
         p.rect(x - 0.6 * r, y + 0.1 * r, x + 0.6 * r, y + 0.4 * r, trim)

@@ -5,6 +5,7 @@ picture's height.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -51,7 +52,7 @@ def backdrop(rng: np.random.Generator, shape: tuple[int, int], horizon: np.ndarr
         xs = np.linspace(0, width, steps)
         ridge = list(zip(xs, np.interp(xs, [0, width], [left, right]) - rise, strict=True))
         if rng.random() < 0.5:  # houses have flat tops
-            ridge = [(x, y) for (x, y), (nx, _) in zip(ridge[:-1], ridge[1:], strict=True) for x in (x, nx)]
+            ridge = [(x, y) for (left_x, y), (right_x, _) in pairwise(ridge) for x in (left_x, right_x)]
         cv2.fillPoly(picture, [_fixed([(0, left + 2), *ridge, (width, right + 2)])], tint, cv2.LINE_AA, SHIFT)
     ground = np.zeros(shape, np.uint8)
     far = max(height, level) + 4 * height
@@ -117,10 +118,15 @@ class Foreground:
         elif kind == "car":
             long, foot = 2.3 * tall, self.height * rng.uniform(0.93, 1.02)
             self._rect(x - long / 2, foot - 0.6 * tall, x + long / 2, foot - 0.12 * tall, tint.tolist())
-            roof = [(x - 0.34 * long, foot - 0.58 * tall), (x + 0.36 * long, foot - 0.58 * tall),
-                    (x + 0.22 * long, foot - tall), (x - 0.2 * long, foot - tall)]
+            roof = [
+                (x - 0.34 * long, foot - 0.58 * tall),
+                (x + 0.36 * long, foot - 0.58 * tall),
+                (x + 0.22 * long, foot - tall),
+                (x - 0.2 * long, foot - tall),
+            ]
             self._polygon(roof, (tint * 0.6).tolist())
-            self._polygon([(px * 0.9 + x * 0.1, py * 0.9 + (foot - 0.72 * tall) * 0.1) for px, py in roof], (80, 76, 70))
+            middle = foot - 0.72 * tall
+            self._polygon([(0.9 * px + 0.1 * x, 0.9 * py + 0.1 * middle) for px, py in roof], (80, 76, 70))
             for side in (-0.3, 0.3):
                 self._disc(x + side * long, foot - 0.14 * tall, 0.17 * tall, 0.17 * tall, (30, 30, 30))
         else:
