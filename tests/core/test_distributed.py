@@ -133,7 +133,14 @@ def script(folder: Path, source: str) -> Path:
 def start(path: Path, *args: str, **environment: str) -> subprocess.Popen:
     env = child_environment() | {"PYTHONPATH": str(ROOT)} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, str(path), *args], cwd=path.parent, env=env, **pipes)
+    return subprocess.Popen(
+        [sys.executable, str(path), *args],
+        cwd=path.parent,
+        env=env,
+        # A test run started in the background ignores SIGINT and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **pipes,
+    )
 
 
 def ranks(world: int) -> Iterator[dict[str, str]]:

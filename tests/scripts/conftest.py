@@ -37,6 +37,12 @@ exit "${EXIT:-0}"
 """
 
 
+def _heed_signals() -> None:
+    """A test run started in the background, or by nohup, ignores these and would hand that on."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Sandbox:
     """A repository in a folder with blanks in its name that holds only the starters, and a machine without GPU."""
 
@@ -77,8 +83,7 @@ class Sandbox:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # A test run started in the background ignores SIGINT and would hand that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=_heed_signals,
         )
 
     def run(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
