@@ -65,10 +65,11 @@ def _check_saved_cfg(text: object, cfg: CfgNode, path: Path) -> None:
         return  # a note of somebody else's: the shapes have to do
     for key in UNSEEN_IN_SHAPES:
         section, name = key.split(".")
-        there = saved.get(section) if isinstance(saved, dict) else None
+        settings = saved.get(section) if isinstance(saved, dict) else None
+        there = settings.get(name) if isinstance(settings, dict) else None
         here = cfg[section][name]
-        if isinstance(there, dict) and there.get(name, here) != here:
-            raise ValueError(f"{path}: trained with {key} {there[name]}, here it is {here}: set {key} {there[name]}")
+        if isinstance(there, type(here)) and there != here:  # anything else is not a value of this key
+            raise ValueError(f"{path}: trained with {key} {there}, here it is {here}: set {key} {there}")
 
 
 def resume(path: Path, model: nn.Module, optimizer: Optimizer) -> int:

@@ -31,6 +31,18 @@ class ConfigError(ValueError):
     """A configuration the user has to mend; the message is one line."""
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML takes the last of equal keys and forgets the others: half a configuration could go unread."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def merge_yaml(cfg: CfgNode, path: Path, *, defaults: CfgNode) -> list[str]:
     """Merge a YAML file into `cfg`; return the notes about keys without effect."""
     try:
@@ -40,7 +52,7 @@ def merge_yaml(cfg: CfgNode, path: Path, *, defaults: CfgNode) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration file: {_one_line(error)}") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

@@ -35,7 +35,10 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def entry_point(main: Callable) -> Callable:
-    """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2; Ctrl-C gives 130."""
+    """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2; Ctrl-C gives 130.
+
+    So does a file that the system refuses to read or write. A loss that is not finite gives one line and code 1.
+    """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
@@ -45,6 +48,11 @@ def entry_point(main: Callable) -> Callable:
             if not is_user_error(error):
                 raise
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(USER_ERROR_EXIT_CODE)
+        except OSError as error:  # a folder that cannot be written, a full disk
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
         except FloatingPointError as error:  # a loss that is not finite
             print(f"error: {error}", file=sys.stderr)

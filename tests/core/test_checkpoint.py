@@ -275,7 +275,17 @@ def test_weights_trained_with_another_setting_that_no_shape_shows_are_refused(tm
 
 
 @pytest.mark.parametrize(
-    "saved", ["{RESNET: {STRIDE_1X1: true, DEPTH: 3}, BN: {EPS: 1.0e-05}}", "{", "", "RESNET", "{RESNET: [1]}", 3, None]
+    "saved",
+    [
+        "{RESNET: {STRIDE_1X1: true, DEPTH: 3}, BN: {EPS: 1.0e-05}}",
+        "{BN: {EPS: 1e-05}}",  # text to PyYAML
+        "{RESNET: [1]}",
+        "RESNET",
+        "{",
+        "",
+        3,
+        None,
+    ],
 )
 def test_a_saved_configuration_that_agrees_or_says_nothing_is_no_hindrance(tmp_path, saved):
     path = tmp_path / "weights.pyth"

@@ -400,7 +400,7 @@ def test_contradictions_are_refused(overrides, named):
     ],
 )
 def test_settings_that_fit_are_accepted(overrides):
-    load_cfg(None, overrides.split())
+    assert load_cfg(None, overrides.split()).is_frozen()
 
 
 def test_an_empty_out_dir_is_refused():
@@ -452,3 +452,15 @@ def test_every_checked_key_exists():
     keys = set(leaves(get_cfg()))
     named = {*config_checks.CHOICES, *config_checks.AT_LEAST_ONE, *config_checks.NOT_NEGATIVE, *config_checks.POSITIVE}
     assert named <= keys
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["TRAIN:\n  IM_SIZE: 64\nTEST: {IM_SIZE: 300}\nTRAIN:\n  SPLIT: a\n", "NUM_GPUS: 1\n\n\nNUM_GPUS: 2\n"],
+)
+def test_a_key_given_twice_in_yaml_is_refused_with_its_line(tmp_path, text):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    key = text.partition(":")[0]
+    with pytest.raises(ConfigError, match=re.escape(f"{path} line 4: not valid YAML: {key} is there twice")):
+        load_cfg(path)

@@ -102,6 +102,36 @@ def test_entry_point_ends_quietly_when_interrupted(capsys):
     assert raised.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
+def test_entry_point_names_a_file_that_the_system_refuses(tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    def write():
+        with atomic_write(tmp_path / "file" / "below"):
+            pass
+
+    with pytest.raises(SystemExit) as raised:
+        entry_point(write)()
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: File exists\n"
+
+
+def test_entry_point_lets_other_system_errors_through():
+    def connect():
+        raise ConnectionResetError("peer")
+
+    with pytest.raises(ConnectionResetError):
+        entry_point(connect)()
+
+
+def test_entry_point_ends_with_one_line_where_the_loss_is_not_finite(capsys):
+    def diverge():
+        raise FloatingPointError("the loss is nan")
+
+    with pytest.raises(SystemExit) as raised:
+        entry_point(diverge)()
+    assert raised.value.code == 1 and capsys.readouterr().err == "error: the loss is nan\n"
+
+
 def test_the_repository_may_be_reached_by_a_link(tmp_path):
     (tmp_path / "link").symlink_to(ROOT)
     code = "import sys; sys.path.insert(0, 'link'); from train import main; main(['--cfg', 'absent.yaml'])"
