@@ -1,12 +1,13 @@
 """The one place where a configuration becomes model, data and optimiser."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 from torch.optim import SGD
 from yacs.config import CfgNode
 
-from core.checkpoint import newest_checkpoint, read_weights
+from core.checkpoint import check_saved_settings, newest_checkpoint
 from core.distributed import rank, world_size
 from core.download import local_path
 from core.optimizer import build_sgd
@@ -18,7 +19,7 @@ from model.classifier import Classifier
 from model.dolg import DOLG
 from model.margin import build_head
 from model.resnet import ResNet
-from model.weights import load_initial, load_strict
+from model.weights import load_initial, load_strict, normalise_names, read_checkpoint
 
 
 def _backbone(cfg: CfgNode) -> ResNet:
@@ -66,7 +67,7 @@ def build_classifier(cfg: CfgNode) -> Classifier:
 def load_initial_weights(cfg: CfgNode, model: Classifier) -> list[str]:
     """Load TRAIN.WEIGHTS, a file or an address; return the notes of the load."""
     path = local_path(cfg.TRAIN.WEIGHTS, Path(cfg.DOWNLOAD_CACHE).expanduser())
-    return load_initial(model, read_weights(path, cfg), source=str(path))
+    return _load_weights(cfg, model, path, load_initial)
 
 
 def tested_weights(cfg: CfgNode) -> Path:
@@ -82,7 +83,14 @@ def tested_weights(cfg: CfgNode) -> Path:
 def load_tested_weights(cfg: CfgNode, model: DOLG) -> tuple[Path, list[str]]:
     """Load `tested_weights` strictly; return the file and the notes of the load."""
     path = tested_weights(cfg)
-    return path, load_strict(model, read_weights(path, cfg), source=str(path))
+    return path, _load_weights(cfg, model, path, load_strict)
+
+
+def _load_weights(cfg: CfgNode, model: DOLG, path: Path, load: Callable[..., list[str]]) -> list[str]:
+    content = read_checkpoint(path)
+    notes = load(model, normalise_names(content, source=str(path)), source=str(path))
+    check_saved_settings(content.get("cfg"), cfg, path)  # after the load, which says more of another architecture
+    return notes
 
 
 def build_train_loader(cfg: CfgNode) -> ImageLoader:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
@@ -47,22 +47,16 @@ def save_checkpoint(cfg: CfgNode, model: nn.Module, optimizer: Optimizer, *, epo
     return path
 
 
-def read_weights(path: Path, cfg: CfgNode) -> dict[str, Tensor]:
-    """The state dict in a file of any known form (`model.weights`), checked against `cfg` as far as the file can tell.
+def check_saved_settings(text: object, cfg: CfgNode, path: Path) -> None:
+    """Hold `cfg` against a weight file's own configuration, in what the shapes of its weights do not show.
 
-    Raises `ValueError` naming the file: it cannot be read, or was trained with a setting that its shapes do not show
-    and that is another one here.
+    Raises `ValueError` naming the file and the key to set. A file without a configuration, or with one that is not
+    YAML, cannot be checked.
     """
-    content = read_checkpoint(path)
-    _check_saved_cfg(content.get("cfg"), cfg, path)
-    return normalise_names(content, source=str(path))
-
-
-def _check_saved_cfg(text: object, cfg: CfgNode, path: Path) -> None:
     try:
         saved = yaml.safe_load(text) if isinstance(text, str) else None
     except yaml.YAMLError:
-        return  # a note of somebody else's: the shapes have to do
+        return
     for key in UNSEEN_IN_SHAPES:
         section, name = key.split(".")
         settings = saved.get(section) if isinstance(saved, dict) else None

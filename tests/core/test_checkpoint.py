@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from core.checkpoint import checkpoint_path, newest_checkpoint, read_weights, resume, save_checkpoint
+from core.builders import build_classifier, build_descriptor, load_initial_weights, load_tested_weights
+from core.checkpoint import check_saved_settings, checkpoint_path, newest_checkpoint, resume, save_checkpoint
 from core.config import get_cfg, load_cfg
 from core.optimizer import build_sgd
 from model.weights import WeightsError
@@ -267,11 +268,9 @@ def test_whenever_a_process_is_killed_every_checkpoint_there_is_whole(tmp_path):
     ("saved", "said"),
     [("{RESNET: {STRIDE_1X1: false}}", "RESNET.STRIDE_1X1 False"), ("{BN: {EPS: 0.001}}", "BN.EPS 0.001")],
 )
-def test_weights_trained_with_another_setting_that_no_shape_shows_are_refused(tmp_path, saved, said):
-    path = tmp_path / "weights.pyth"
-    torch.save({"model_state": {"fc.bias": torch.zeros(3)}, "cfg": saved}, path)
-    with pytest.raises(ValueError, match=re.escape(f"{path}: trained with {said}, here it is")):
-        read_weights(path, get_cfg())
+def test_weights_trained_with_another_setting_that_no_shape_shows_are_refused(saved, said):
+    with pytest.raises(ValueError, match=re.escape(f"w.pyth: trained with {said}, here it is")):
+        check_saved_settings(saved, get_cfg(), Path("w.pyth"))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +286,23 @@ def test_weights_trained_with_another_setting_that_no_shape_shows_are_refused(tm
         None,
     ],
 )
-def test_a_saved_configuration_that_agrees_or_says_nothing_is_no_hindrance(tmp_path, saved):
-    path = tmp_path / "weights.pyth"
-    torch.save({"model_state": {"fc.bias": torch.ones(3)}, "cfg": saved}, path)
-    assert read_weights(path, get_cfg())["fc.bias"].tolist() == [1, 1, 1]
+def test_a_saved_configuration_that_agrees_or_says_nothing_is_no_hindrance(saved):
+    assert check_saved_settings(saved, get_cfg(), Path("w.pyth")) is None
+
+
+def test_every_load_of_weights_holds_the_saved_configuration_against_ours_after_the_architecture(tmp_path):
+    path = tmp_path / "r18.pyth"
+    small = ["MODEL.DEPTH", "18", "RESNET.TRANS_FUN", "basic_transform", "MODEL.S3_DIM", "256", "MODEL.S4_DIM", "512"]
+    small += ["MODEL.HEADS.IN_FEAT", "512", "MODEL.NUM_CLASSES", "3"]
+    trained = load_cfg(None, [*small, "RESNET.STRIDE_1X1", "False"])
+    torch.save({"model_state": build_classifier(trained).state_dict(), "cfg": trained.dump()}, path)
+    weights = ["TEST.WEIGHTS", str(path), "TRAIN.WEIGHTS", str(path)]
+    for build, load in ((build_descriptor, load_tested_weights), (build_classifier, load_initial_weights)):
+        same = load_cfg(None, [*small, *weights, "RESNET.STRIDE_1X1", "False"])
+        load(same, build(same))
+        stride = load_cfg(None, [*small, *weights, "RESNET.STRIDE_1X1", "True"])
+        with pytest.raises(ValueError, match="trained with RESNET.STRIDE_1X1 False, here it is True"):
+            load(stride, build(stride))
+        deeper = load_cfg(None, ["MODEL.NUM_CLASSES", "3", *weights])
+        with pytest.raises(WeightsError, match="weights of another architecture: MODEL.DEPTH 18"):
+            load(deeper, build(deeper))
