@@ -1,17 +1,21 @@
 """Train DOLG: python train.py --cfg FILE [KEY VALUE ...]"""
 
+import functools
+
 from core.config import load_cfg_from_args
-from core.distributed import launch
 from core.environment import entry_point
+from core.launch import launch
 from core.output import output_folder
 from core.trainer import train
+from evaler.during_training import check_sets, score_sets
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     cfg = load_cfg_from_args("Train DOLG.", argv)
+    check_sets(cfg)
     with output_folder(cfg):
-        launch(train, cfg)
+        launch(functools.partial(train, score=score_sets), cfg)
 
 
 if __name__ == "__main__":

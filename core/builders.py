@@ -1,25 +1,36 @@
 """The one place where a configuration becomes model, data and optimiser."""
 
+import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
-from torch.optim import SGD
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from core.checkpoint import check_saved_settings, newest_checkpoint
 from core.distributed import rank, world_size
 from core.download import local_path
-from core.optimizer import build_sgd
+from core.environment import sha256_file
+from core.optimizer import build_adamw, build_sgd, parameter_groups
 from core.schedule import learning_rate
+from core.step import TrainStep
+from datasets.device import DeviceBatches
 from datasets.landmark import LandmarkDataset
 from datasets.loader import ImageLoader, TestBatches, TrainBatches, make_loader
-from datasets.transforms import TestTransform, TrainTransform
+from datasets.transforms import FastTrainTransform, TestTransform, TrainTransform
 from model.classifier import Classifier
 from model.dolg import DOLG
 from model.margin import build_head
 from model.resnet import ResNet
-from model.weights import load_initial, load_strict, normalise_names, read_checkpoint
+from model.weights import CLASS_MATRIX, load_initial, load_strict, normalise_names, read_checkpoint
+
+# Its name changed in torch 2.13.
+_ddp_arguments = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _ddp_arguments else "broadcast_buffers"
 
 
 def _backbone(cfg: CfgNode) -> ResNet:
@@ -60,8 +71,10 @@ def build_classifier(cfg: CfgNode) -> Classifier:
         cfg.MODEL.NUM_CLASSES,
         scale=cfg.MODEL.HEADS.SCALE,
         margin=cfg.MODEL.HEADS.MARGIN,
+        sharded=(rank(), world_size()) if cfg.MODEL.HEADS.SHARDED else (0, 1),
     )
-    return Classifier(_backbone(cfg), head, **_descriptor_settings(cfg))
+    model = Classifier(_backbone(cfg), head, **_descriptor_settings(cfg))
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if cfg.BN.SYNC and world_size() > 1 else model
 
 
 def load_initial_weights(cfg: CfgNode, model: Classifier) -> list[str]:
@@ -74,7 +87,9 @@ def tested_weights(cfg: CfgNode) -> Path:
     """The file to extract with: TEST.WEIGHTS, or the newest checkpoint in OUT_DIR."""
     if cfg.TEST.WEIGHTS:
         return local_path(cfg.TEST.WEIGHTS, Path(cfg.DOWNLOAD_CACHE).expanduser())
-    newest = newest_checkpoint(cfg.OUT_DIR)
+    newest, notes = newest_checkpoint(cfg.OUT_DIR)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if newest is None:
         raise ValueError(f"no weights: set TEST.WEIGHTS, or train first (no checkpoint in {cfg.OUT_DIR}/checkpoints)")
     return newest
@@ -88,23 +103,39 @@ def load_tested_weights(cfg: CfgNode, model: DOLG) -> tuple[Path, list[str]]:
 
 def _load_weights(cfg: CfgNode, model: DOLG, path: Path, load: Callable[..., list[str]]) -> list[str]:
     content = read_checkpoint(path)
-    notes = load(model, normalise_names(content, source=str(path)), source=str(path))
+    averaged = []
+    if "ema_state" in content:
+        averaged = [f"{path}: the moving average of the weights is used"]
+        content = {**content, "model_state": content["ema_state"]}
+    state = normalise_names(content, source=str(path))
+    head = getattr(model, "desc_cls", None)
+    if head is not None and CLASS_MATRIX in state and len(state[CLASS_MATRIX]) == head.num_classes:
+        state[CLASS_MATRIX] = head.shard(state[CLASS_MATRIX])
+    notes = averaged + load(model, state, source=str(path))
     check_saved_settings(content.get("cfg"), cfg, path)  # after the load, which says more of another architecture
     return notes
 
 
 def build_train_loader(cfg: CfgNode) -> ImageLoader:
     """This process's share of TRAIN.DATASET's batches."""
+    transform = FastTrainTransform if cfg.DATA_LOADER.MODE == "fast" else TrainTransform
     root = Path(cfg.DATA_LOADER.DATA_DIR) / cfg.TRAIN.DATASET
     dataset = LandmarkDataset(
         root,
         root / cfg.TRAIN.SPLIT,
-        transform=TrainTransform(cfg.TRAIN.IM_SIZE),
+        transform=transform(cfg.TRAIN.IM_SIZE),
         num_classes=cfg.MODEL.NUM_CLASSES,
         seed=cfg.RNG_SEED,
+        skip_broken=cfg.DATA_LOADER.SKIP_BROKEN > 0,
     )
     batches = TrainBatches(
-        len(dataset), batch_size=cfg.TRAIN.BATCH_SIZE, seed=cfg.RNG_SEED, rank=rank(), world=world_size()
+        len(dataset),
+        batch_size=cfg.TRAIN.BATCH_SIZE,
+        seed=cfg.RNG_SEED,
+        rank=rank(),
+        world=world_size(),
+        sampling=cfg.TRAIN.SAMPLING,
+        labels=dataset.labels,
     )
     return _loader(cfg, dataset, batches)
 
@@ -120,6 +151,7 @@ def build_test_loader(cfg: CfgNode) -> ImageLoader | None:
         transform=TestTransform(cfg.TEST.IM_SIZE, cfg.TRAIN.IM_SIZE),
         num_classes=cfg.MODEL.NUM_CLASSES,
         seed=cfg.RNG_SEED,
+        skip_broken=cfg.DATA_LOADER.SKIP_BROKEN > 0,
     )
     batches = TestBatches(len(dataset), batch_size=cfg.TEST.BATCH_SIZE, rank=rank(), world=world_size())
     return _loader(cfg, dataset, batches)
@@ -130,22 +162,68 @@ def _loader(cfg: CfgNode, dataset: LandmarkDataset, batches: TrainBatches | Test
     return make_loader(dataset, batches, workers=cfg.DATA_LOADER.NUM_WORKERS, pin_memory=pin_memory)
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> SGD:
-    return build_sgd(
+def batches_on_device(loader: ImageLoader, device: torch.device) -> DeviceBatches:
+    """The loader's batches as the network takes them, on the device."""
+    return DeviceBatches(loader, device)
+
+
+def list_hashes(cfg: CfgNode) -> dict[str, str]:
+    """sha256 of the lists that are trained and validated with."""
+    named = {"training": cfg.TRAIN, "validation": cfg.TEST}
+    root = Path(cfg.DATA_LOADER.DATA_DIR)
+    return {name: sha256_file(root / part.DATASET / part.SPLIT) for name, part in named.items() if part.SPLIT}
+
+
+def build_optimizer(cfg: CfgNode, model: Classifier) -> Optimizer:
+    groups = parameter_groups(
         model,
-        lr=cfg.OPTIM.BASE_LR,
+        bn_weight_decay=cfg.BN.CUSTOM_WEIGHT_DECAY if cfg.BN.USE_CUSTOM_WEIGHT_DECAY else None,
+        head=model.desc_cls,
+        head_lr_mult=cfg.OPTIM.HEAD_LR_MULT,
+    )
+    common = {"lr": cfg.OPTIM.BASE_LR, "weight_decay": cfg.OPTIM.WEIGHT_DECAY}
+    if cfg.OPTIM.OPTIMIZER == "adamw":
+        return build_adamw(groups, betas=cfg.OPTIM.BETAS, **common)
+    return build_sgd(
+        groups,
         momentum=cfg.OPTIM.MOMENTUM,
         dampening=cfg.OPTIM.DAMPENING,
         nesterov=cfg.OPTIM.NESTEROV,
-        weight_decay=cfg.OPTIM.WEIGHT_DECAY,
-        bn_weight_decay=cfg.BN.CUSTOM_WEIGHT_DECAY if cfg.BN.USE_CUSTOM_WEIGHT_DECAY else None,
+        **common,
     )
 
 
-def learning_rate_at(cfg: CfgNode, epoch: int) -> float:
-    """The rate of a whole epoch (zero-based)."""
+def build_step(cfg: CfgNode, model: Classifier, optimizer: Optimizer) -> TrainStep:
+    """One update, over all processes of the run."""
+    network, sharded = model, cfg.MODEL.HEADS.SHARDED and world_size() > 1
+    if world_size() > 1:
+        if sharded:  # every process has other rows of this one: nothing to average
+            network._ddp_params_and_buffers_to_ignore = ["desc_cls.weight"]
+        device = next(model.parameters()).device
+        network = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            # Running statistics of the others are never used: what is evaluated is set by the first process.
+            **{_SYNC_BUFFERS: False},
+            gradient_as_bucket_view=True,
+            static_graph=cfg.TRAIN.ACCUM_STEPS == 1 and not cfg.TRAIN.COMPILE,
+        )
+    if cfg.TRAIN.COMPILE:
+        network = torch.compile(network)
+    return TrainStep(
+        network,
+        optimizer,
+        precision=cfg.TRAIN.PRECISION,
+        accumulate=cfg.TRAIN.ACCUM_STEPS,
+        clip=cfg.OPTIM.CLIP_GRAD,
+        sharded=[model.desc_cls.weight] if sharded else [],
+    )
+
+
+def learning_rate_at(cfg: CfgNode, epoch: int, part: float = 0.0) -> float:
+    """The rate in an epoch (zero-based) when `part` (0 to below 1) of it is done."""
     return learning_rate(
-        epoch,
+        epoch + part if cfg.OPTIM.LR_PER_ITER else epoch,
         policy=cfg.OPTIM.LR_POLICY,
         base_lr=cfg.OPTIM.BASE_LR,
         max_epoch=cfg.OPTIM.MAX_EPOCH,

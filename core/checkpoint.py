@@ -1,50 +1,115 @@
-"""Checkpoints of a run: OUT_DIR/checkpoints/model_epoch_0001.pyth, in the published layout."""
+"""Checkpoint files: OUT_DIR/checkpoints/model_epoch_0001.pyth, written whole, verified, and the newest of them."""
 
+import contextlib
+import os
 import re
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import yaml
-from torch import nn
-from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from core.environment import atomic_write
-from model.weights import load_strict, normalise_names, read_checkpoint
+from model.weights import WeightsError, read_checkpoint
 
 FOLDER = "checkpoints"
+BEST = "model_best.pyth"
 # Settings that change what a network computes without changing a shape: a file's own `cfg` tells them.
 UNSEEN_IN_SHAPES = ("RESNET.STRIDE_1X1", "BN.EPS")
-CONTENT = {"epoch": int, "model_state": dict, "optimizer_state": dict}
-PATTERN = re.compile(r"model_epoch_(\d{4,})\.pyth")
+PATTERN = re.compile(r"model_epoch_(\d{4,})(?:_iter_(\d{6,}))?\.pyth")
+KEPT_INSIDE_EPOCHS = 2  # where all that end an epoch are kept: one more than needed, should the newest be damaged
 
 
-def checkpoint_path(out_dir: str | Path, epochs_done: int) -> Path:
-    return Path(out_dir) / FOLDER / f"model_epoch_{epochs_done:04d}.pyth"
+def checkpoint_path(out_dir: str | Path, epochs_done: int, iteration: int = 0) -> Path:
+    """The file of a position: so many epochs done, and so many iterations of the next."""
+    inside = f"_iter_{iteration:06d}" if iteration else ""
+    return Path(out_dir) / FOLDER / f"model_epoch_{epochs_done:04d}{inside}.pyth"
 
 
-def newest_checkpoint(out_dir: str | Path) -> Path | None:
-    """The checkpoint with the most epochs done, None where there is none."""
-    folder = Path(out_dir) / FOLDER
-    found = [(int(match[1]), path) for path in folder.glob("*.pyth") if (match := PATTERN.fullmatch(path.name))]
-    return max(found)[1] if found else None
+def checkpoints(out_dir: str | Path) -> list[Path]:
+    """All checkpoints, the newest last (by the position in their names)."""
+    found = []
+    for path in (Path(out_dir) / FOLDER).glob("model_epoch_*.pyth"):
+        if match := PATTERN.fullmatch(path.name):
+            found.append((int(match[1]), int(match[2] or 0), path))
+    return [path for *_, path in sorted(found)]
 
 
-def save_checkpoint(cfg: CfgNode, model: nn.Module, optimizer: Optimizer, *, epochs_done: int) -> Path:
-    """Write `epoch` (zero-based number of the last finished one), `model_state`, `optimizer_state` and `cfg` (YAML).
+def newest_checkpoint(out_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole (None where there is no checkpoint at all), and notes about newer ones.
 
-    The file appears complete or not at all.
+    Raises `ValueError` where there are checkpoints, but all are broken.
     """
-    path = checkpoint_path(cfg.OUT_DIR, epochs_done)
-    content = {
-        "epoch": epochs_done - 1,
-        "model_state": model.state_dict(),
-        "optimizer_state": optimizer.state_dict(),
-        "cfg": cfg.dump(),
-    }
+    notes = []
+    for path in reversed(checkpoints(out_dir)):
+        fault = find_fault(path)
+        if fault is None:
+            return path, notes
+        notes.append(f"{path} is broken ({fault}): the one before it is used")
+    if notes:
+        folder = Path(out_dir) / FOLDER
+        raise ValueError(f"{folder}: none of the {len(notes)} checkpoints is whole: remove them to start anew")
+    return None, notes
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, None if every byte is as it was written.
+
+    `torch.save` writes a zip archive with a checksum of each part; `torch.load` does not look at them.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged archive makes zipfile raise anything
+        return " ".join(f"{error}".split()) or type(error).__name__
+    if damaged:
+        return f"wrong checksum of {damaged}"
+    try:
+        read_checkpoint(path)  # the archive's own directory has no checksum
+    except WeightsError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
+def write_checkpoint(content: dict, path: Path) -> None:
+    """The file appears complete, on the disk, or not at all."""
     with atomic_write(path) as file:
         torch.save(content, file)
-    return path
+
+
+def link_best(path: Path) -> None:
+    """Give a checkpoint the second name model_best.pyth, under which it outlives its first."""
+    best, new = path.with_name(BEST), path.with_name(f".{BEST}.tmp")
+    new.unlink(missing_ok=True)
+    try:
+        os.link(path, new)
+    except OSError:  # a file system without hard links
+        with open(path, "rb") as source, atomic_write(best) as file:
+            for block in iter(lambda: source.read(1 << 24), b""):
+                file.write(block)
+        return
+    os.replace(new, best)
+
+
+def prune(out_dir: str | Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; with 0, all but the newest two of those inside an epoch."""
+    present = checkpoints(out_dir)
+    if keep:
+        old = present[:-keep]
+    else:
+        inside = [path for path in present if PATTERN.fullmatch(path.name)[2]]
+        old = [path for path in inside if path not in present[-KEPT_INSIDE_EPOCHS:]]
+    for path in old:
+        path.unlink()
+
+
+def remove_unfinished(out_dir: str | Path) -> None:
+    """Remove what a process that was killed in the middle of writing left behind. Only for the holder of the lock."""
+    for path in (Path(out_dir) / FOLDER).glob(".model_*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
 
 
 def check_saved_settings(text: object, cfg: CfgNode, path: Path) -> None:
@@ -53,38 +118,25 @@ def check_saved_settings(text: object, cfg: CfgNode, path: Path) -> None:
     Raises `ValueError` naming the file and the key to set. A file without a configuration, or with one that is not
     YAML, cannot be checked.
     """
-    try:
-        saved = yaml.safe_load(text) if isinstance(text, str) else None
-    except yaml.YAMLError:
-        return
-    for key in UNSEEN_IN_SHAPES:
-        section, name = key.split(".")
-        settings = saved.get(section) if isinstance(saved, dict) else None
-        there = settings.get(name) if isinstance(settings, dict) else None
-        here = cfg[section][name]
-        if isinstance(there, type(here)) and there != here:  # anything else is not a value of this key
+    for key, there, here in changed_settings(text, cfg):
+        if key in UNSEEN_IN_SHAPES and isinstance(there, type(here)):  # anything else is not a value of this key
             raise ValueError(f"{path}: trained with {key} {there}, here it is {here}: set {key} {there}")
 
 
-def resume(path: Path, model: nn.Module, optimizer: Optimizer) -> int:
-    """Restore weights and momentum exactly; return the number of epochs done. Raises `ValueError` naming the file.
-
-    Rates, decay and the like stay those of the configuration, which may have been changed since.
-    """
-    content = read_checkpoint(path)
-    absent = [key for key, kind in CONTENT.items() if not isinstance(content.get(key), kind)]
-    if absent:
-        raise ValueError(f"{path}: no checkpoint of a training run, it lacks {', '.join(absent)}")
-    state = normalise_names(content, source=str(path))
-    load_strict(model, state, source=str(path))
-    own = [name for name, _ in model.named_parameters()]
-    if [name for name in state if name in set(own)] != own:  # the optimiser numbers them
-        raise ValueError(f"{path}: its parameters stand in another order; start from it with TRAIN.WEIGHTS instead")
-    configured = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+def changed_settings(text: object, cfg: CfgNode) -> list[tuple[str, object, object]]:
+    """(key, value there, value here) of every key that a saved configuration (YAML) has with another value."""
     try:
-        optimizer.load_state_dict(content["optimizer_state"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its optimizer state does not fit this configuration ({error})") from None
-    for group, settings in zip(optimizer.param_groups, configured, strict=True):
-        group.update(settings)
-    return content["epoch"] + 1
+        saved = yaml.safe_load(text) if isinstance(text, str) else None
+    except yaml.YAMLError:
+        return []
+    return list(_differences(saved, cfg, ""))
+
+
+def _differences(saved: object, cfg: CfgNode, prefix: str) -> Iterator[tuple[str, object, object]]:
+    if not isinstance(saved, dict):
+        return
+    for name, here in cfg.items():
+        if isinstance(here, CfgNode):
+            yield from _differences(saved.get(name), here, f"{prefix}{name}.")
+        elif name in saved and saved[name] != here:
+            yield f"{prefix}{name}", saved[name], here

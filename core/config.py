@@ -36,6 +36,7 @@ _C.MODEL.HEADS.IN_FEAT = 2048  # input of fc: 2 * S3_DIM for the orthogonal fusi
 _C.MODEL.HEADS.REDUCTION_DIM = 512  # dimension of the descriptor
 _C.MODEL.HEADS.MARGIN = 0.15  # angular margin m in radians
 _C.MODEL.HEADS.SCALE = 128.0  # scale s of the logits; the paper and all our recipes use 30
+_C.MODEL.HEADS.SHARDED = False  # split the classes over the processes instead of copying the head to each
 
 _C.MODEL.LOSSES = CfgNode()
 _C.MODEL.LOSSES.NAME = "cross_entropy"  # the only loss
@@ -55,11 +56,15 @@ _C.BN.NUM_SAMPLES_PRECISE = 1024  # images over all processes together
 _C.BN.ZERO_INIT_FINAL_GAMMA = False  # start every residual block as the identity
 _C.BN.USE_CUSTOM_WEIGHT_DECAY = False  # give batch-norm parameters a weight decay of their own
 _C.BN.CUSTOM_WEIGHT_DECAY = 0.0  # that decay
+_C.BN.SYNC = False  # statistics of a batch over all processes together (SyncBatchNorm; GPUs only)
 
 # --------------------------------------------------------------------------------------------------- optimisation
 _C.OPTIM = CfgNode()
+_C.OPTIM.OPTIMIZER = "sgd"  # sgd | adamw
 _C.OPTIM.BASE_LR = 0.1  # rate of TRAIN.BATCH_SIZE images a step; it is not scaled with the batch
-_C.OPTIM.LR_POLICY = "cos"  # cos | steps | exp; the rate is set once an epoch
+_C.OPTIM.LR_POLICY = "cos"  # cos | steps | exp
+_C.OPTIM.LR_PER_ITER = False  # False: the rate is set once an epoch, as published; True: at every iteration
+_C.OPTIM.HEAD_LR_MULT = 1.0  # rate of the classification head as a multiple of the others'
 _C.OPTIM.GAMMA = 0.1  # factor an epoch of the exp policy
 _C.OPTIM.STEPS = [0, 30, 60, 90]  # first epochs of the steps policy's stages; the first is 0
 _C.OPTIM.LR_MULT = 0.1  # factor a stage of the steps policy
@@ -67,9 +72,12 @@ _C.OPTIM.MAX_EPOCH = 200  # 0 writes the untrained network as model_epoch_0000.p
 _C.OPTIM.MOMENTUM = 0.9  # of SGD
 _C.OPTIM.DAMPENING = 0.0  # of the momentum
 _C.OPTIM.NESTEROV = True  # Nesterov's momentum
+_C.OPTIM.BETAS = [0.9, 0.999]  # of adamw
 _C.OPTIM.WEIGHT_DECAY = 5e-4  # on every parameter, batch norm and biases included; the recipes use 1e-4
 _C.OPTIM.WARMUP_FACTOR = 0.1  # the warm-up starts at this fraction of the rate
 _C.OPTIM.WARMUP_EPOCHS = 0  # length of the linear warm-up
+_C.OPTIM.CLIP_GRAD = 0.0  # largest norm of the whole gradient, longer ones are scaled down to it; 0: no clipping
+_C.OPTIM.EMA_DECAY = 0.0  # keep a moving average of the weights, which is validated and extracted with; 0: none
 
 # ------------------------------------------------------------------------------------------------------- training
 _C.TRAIN = CfgNode()
@@ -79,8 +87,16 @@ _C.TRAIN.BATCH_SIZE = 128  # images a step over all processes together
 _C.TRAIN.IM_SIZE = 224  # side of the square crop, pixels
 _C.TRAIN.EVAL_PERIOD = 1  # validate every so many epochs, and after the last
 _C.TRAIN.CHECKPOINT_PERIOD = 1  # save every so many epochs, and after the last
+_C.TRAIN.CHECKPOINT_ITERS = 0  # inside an epoch save every so many iterations too; 0: only at the ends of epochs
+_C.TRAIN.KEEP_CHECKPOINTS = 0  # keep the newest so many, and model_best.pyth; 0: all that end an epoch
 _C.TRAIN.AUTO_RESUME = True  # go on from OUT_DIR's newest checkpoint (the release's default was False)
 _C.TRAIN.WEIGHTS = ""  # initial weights: a file or an http(s) address
+_C.TRAIN.PRECISION = "fp32"  # fp32 | tf32 | bf16 | fp16; the head and the loss are float32 in all of them
+_C.TRAIN.COMPILE = False  # torch.compile: minutes at the start, faster steps
+_C.TRAIN.ACCUM_STEPS = 1  # split a process's share of the batch into so many parts, to save memory
+_C.TRAIN.SAMPLING = "uniform"  # uniform: each image once an epoch | class_balanced: each class equally often
+_C.TRAIN.FREEZE_AT = 0  # hold still: 1 the stem, 2 also s1, ... 5 the whole backbone; 0: nothing
+_C.TRAIN.FREEZE_BN = False  # hold the backbone's batch norm still, statistics and parameters
 
 # --------------------------------------------------------------------------------- validation and tested weights
 _C.TEST = CfgNode()
@@ -88,11 +104,14 @@ _C.TEST.DATASET = "landmark"  # folder in DATA_LOADER.DATA_DIR
 _C.TEST.SPLIT = "val_list.txt"  # empty: no validation
 _C.TEST.BATCH_SIZE = 200  # images a step of validation over all processes together
 _C.TEST.IM_SIZE = 256  # the shorter side is scaled to this, then a TRAIN.IM_SIZE square is cut from the centre
+_C.TEST.RETRIEVAL = []  # Revisited sets in INFER.DATA_DIR to score at every TRAIN.EVAL_PERIOD
 _C.TEST.WEIGHTS = ""  # weights to extract with; empty: the newest checkpoint in OUT_DIR
 
 _C.DATA_LOADER = CfgNode()
 _C.DATA_LOADER.DATA_DIR = "datasets/data"  # lists are at DATA_DIR/<DATASET>/<SPLIT>
 _C.DATA_LOADER.NUM_WORKERS = 4  # loader processes for each training process
+_C.DATA_LOADER.MODE = "exact"  # exact: the published arithmetic | fast: uint8 resizing, the rest on the device
+_C.DATA_LOADER.SKIP_BROKEN = 0  # so many unreadable images may be replaced by the next of the list; 0: stop at once
 _C.DATA_LOADER.PIN_MEMORY = True  # page-locked batches, for faster copies to the GPU
 
 # ----------------------------------------------------------------------------------------------------- extraction
@@ -108,6 +127,7 @@ _C.INFER.CUT_NUM = 1  # this process's shard, 1 .. TOTAL_NUM
 # --------------------------------------------------------------------------------------------------------- devices
 _C.NUM_GPUS = 1  # one process a GPU; 0 is the CPU. Under torchrun its process count decides, this only GPU or CPU
 _C.DIST_BACKEND = "nccl"  # between GPUs; on the CPU it is always gloo
+_C.DIST_TIMEOUT = 600  # seconds until a process that waits for the others gives up and ends the run
 _C.HOST = "localhost"  # where the processes started by train.py itself meet
 _C.PORT = 10001  # at which port of HOST
 _C.CUDNN = CfgNode()
@@ -120,6 +140,7 @@ _C.OUT_DIR = "./output"  # checkpoints, logs, features and scores of this run (t
 _C.CFG_DEST = "config.yaml"  # the configuration in effect, written to OUT_DIR
 _C.LOG_DEST = "stdout"  # stdout | file (OUT_DIR/stdout.log)
 _C.LOG_PERIOD = 10  # iterations between log lines
+_C.TENSORBOARD = False  # also write OUT_DIR/tensorboard (needs the package tensorboard)
 _C.RNG_SEED = 1  # of initial weights, sample order and augmentation
 _C.DOWNLOAD_CACHE = "~/.cache/dolg"  # where weights given by address are kept (the release's default was in /tmp)
 

@@ -15,7 +15,12 @@ CHOICES = {
     "MODEL.HEADS.CLS_LAYER": ("arcface", "curricularface", "cosine"),
     "MODEL.LOSSES.NAME": ("cross_entropy",),
     "RESNET.TRANS_FUN": ("basic_transform", "bottleneck_transform"),
+    "OPTIM.OPTIMIZER": ("sgd", "adamw"),
     "OPTIM.LR_POLICY": ("cos", "steps", "exp"),
+    "TRAIN.PRECISION": ("fp32", "tf32", "bf16", "fp16"),
+    "TRAIN.SAMPLING": ("uniform", "class_balanced"),
+    "TRAIN.FREEZE_AT": (0, 1, 2, 3, 4, 5),
+    "DATA_LOADER.MODE": ("exact", "fast"),
     "LOG_DEST": ("stdout", "file"),
     "DIST_BACKEND": ("nccl", "gloo"),
 }
@@ -28,8 +33,10 @@ AT_LEAST_ONE = (
     "TRAIN.BATCH_SIZE",
     "TRAIN.EVAL_PERIOD",
     "TRAIN.CHECKPOINT_PERIOD",
+    "TRAIN.ACCUM_STEPS",
     "TEST.BATCH_SIZE",
     "LOG_PERIOD",
+    "DIST_TIMEOUT",
     "INFER.TOTAL_NUM",
 )
 NOT_NEGATIVE = (
@@ -39,13 +46,25 @@ NOT_NEGATIVE = (
     "OPTIM.DAMPENING",
     "OPTIM.WEIGHT_DECAY",
     "OPTIM.WARMUP_EPOCHS",
+    "OPTIM.CLIP_GRAD",
+    "TRAIN.CHECKPOINT_ITERS",
+    "TRAIN.KEEP_CHECKPOINTS",
+    "DATA_LOADER.SKIP_BROKEN",
     "BN.CUSTOM_WEIGHT_DECAY",
     "MODEL.HEADS.MARGIN",
     "DATA_LOADER.NUM_WORKERS",
     "NUM_GPUS",
     "RNG_SEED",
 )
-POSITIVE = ("MODEL.GEM.P", "MODEL.HEADS.SCALE", "BN.EPS", "OPTIM.GAMMA", "OPTIM.LR_MULT", "OPTIM.WARMUP_FACTOR")
+POSITIVE = (
+    "MODEL.GEM.P",
+    "MODEL.HEADS.SCALE",
+    "BN.EPS",
+    "OPTIM.GAMMA",
+    "OPTIM.LR_MULT",
+    "OPTIM.HEAD_LR_MULT",
+    "OPTIM.WARMUP_FACTOR",
+)
 # f4 has stride 32: a smaller crop leaves less than one position of it.
 MIN_IM_SIZE = 32
 
@@ -114,10 +133,27 @@ def _check_training(cfg: CfgNode) -> None:
             f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} gives a process one image, and TRAIN.IM_SIZE {cfg.TRAIN.IM_SIZE} "
             "one position of f4: batch norm needs more than one value, raise either"
         )
+    share = cfg.TRAIN.BATCH_SIZE // processes
+    if share % cfg.TRAIN.ACCUM_STEPS:
+        raise ConfigError(
+            f"TRAIN.ACCUM_STEPS {cfg.TRAIN.ACCUM_STEPS} does not divide a process's share of the batch, {share} images"
+        )
+    if cfg.MODEL.HEADS.SHARDED and cfg.TRAIN.PRECISION == "fp16":
+        raise ConfigError("MODEL.HEADS.SHARDED does not go with TRAIN.PRECISION fp16: use bf16")
+    if len(set(cfg.TEST.RETRIEVAL)) != len(cfg.TEST.RETRIEVAL):
+        raise ConfigError(f"TEST.RETRIEVAL {cfg.TEST.RETRIEVAL} names a set twice")
+    _check_optimizer(cfg)
+
+
+def _check_optimizer(cfg: CfgNode) -> None:
     steps = cfg.OPTIM.STEPS
     if cfg.OPTIM.LR_POLICY == "steps" and (not steps or steps[0] != 0 or steps != sorted(set(steps))):
         raise ConfigError(f"OPTIM.STEPS {steps} must be ascending epochs that begin with 0")
-    if cfg.OPTIM.NESTEROV and (cfg.OPTIM.MOMENTUM == 0 or cfg.OPTIM.DAMPENING != 0):
+    if not 0 <= cfg.OPTIM.EMA_DECAY < 1:
+        raise ConfigError(f"OPTIM.EMA_DECAY is {cfg.OPTIM.EMA_DECAY}, it must be from 0 to below 1")
+    if len(cfg.OPTIM.BETAS) != 2 or not all(0 <= beta < 1 for beta in cfg.OPTIM.BETAS):
+        raise ConfigError(f"OPTIM.BETAS {cfg.OPTIM.BETAS} must be two numbers from 0 to below 1")
+    if cfg.OPTIM.NESTEROV and cfg.OPTIM.OPTIMIZER == "sgd" and (cfg.OPTIM.MOMENTUM == 0 or cfg.OPTIM.DAMPENING != 0):
         raise ConfigError("OPTIM.NESTEROV needs OPTIM.MOMENTUM above 0 and OPTIM.DAMPENING 0")
 
 

@@ -158,9 +158,10 @@ def _typed(default: Any, value: Any, key: str, source: str) -> Any:
     elif isinstance(default, list):
         if isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
+        kind = default[0] if default else ""  # an empty list is one of names
         if isinstance(value, list | tuple):
-            return [_typed(default[0], item, key, source) for item in value]
-        return [_typed(default[0], value, key, source)]
+            return [_typed(kind, item, key, source) for item in value]
+        return [_typed(kind, value, key, source)]
     expected = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list"}
     raise ConfigError(f"{source}: {key} takes {expected[type(default)]}, not {value!r}")
 

@@ -5,9 +5,11 @@ import dis
 import functools
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -35,13 +37,16 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def entry_point(main: Callable) -> Callable:
-    """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2; Ctrl-C gives 130.
+    """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2.
 
     So does a file that the system refuses to read or write. A loss that is not finite gives one line and code 1.
+    Ctrl-C gives 130 and SIGTERM 143, both after cleaning up.
     """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        if threading.current_thread() is threading.main_thread():  # Python has signal handlers nowhere else
+            exit_on_signals(signal.SIGTERM)
         try:
             return main(*args, **kwargs)
         except ValueError as error:
@@ -62,6 +67,22 @@ def entry_point(main: Callable) -> Callable:
             sys.exit(130)
 
     return wrapper
+
+
+def exit_on_signals(*numbers: int) -> None:
+    """Let a signal (SIGINT and SIGTERM where none is named) end this process by SystemExit, code 128 + its number.
+
+    So that what has been begun is cleaned up. Those that follow are ignored: a terminal and a parent may both send it.
+    """
+    numbers = numbers or (signal.SIGINT, signal.SIGTERM)
+
+    def leave(number: int, frame: object) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, leave)
 
 
 @contextlib.contextmanager

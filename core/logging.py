@@ -1,4 +1,4 @@
-"""Log lines on stdout or in OUT_DIR/stdout.log, from the first process only."""
+"""Log lines on stdout or in OUT_DIR/stdout.log, and curves for TensorBoard, from the first process only."""
 
 import logging
 import math
@@ -12,6 +12,30 @@ JSON_PREFIX = "json_stats: "
 LOGGER = logging.getLogger("dolg")
 
 
+_curves: list["_Curves"] = []  # where the numbers of json_stats go besides, if anywhere
+
+
+class _Curves:
+    """The numbers of json_stats as TensorBoard's scalars, `kind/name`, over iterations or epochs."""
+
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("TENSORBOARD True needs the package tensorboard: pip install tensorboard") from None
+        self.writer = SummaryWriter(folder)
+
+    def add(self, kind: str, stats: dict) -> None:
+        step = int(stats["epoch"].partition("/")[0])
+        if "iter" in stats:
+            iteration, iterations = map(int, stats["iter"].split("/"))
+            step = (step - 1) * iterations + iteration
+        place = f"{kind}/{stats['set']}" if "set" in stats else kind
+        for name, value in stats.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(f"{place}/{name}", value, step)
+
+
 class _BesideProgressBars(logging.StreamHandler):
     """Writes lines above the bars on a terminal instead of into them."""
 
@@ -20,8 +44,15 @@ class _BesideProgressBars(logging.StreamHandler):
         self.flush()
 
 
-def setup_logging(log_file: Path | None, *, quiet: bool = False) -> None:
-    """Send log lines to `log_file`, or to stdout where it is None; `quiet` (every process but the first) drops them."""
+def setup_logging(log_file: Path | None, *, quiet: bool = False, tensorboard: Path | None = None) -> None:
+    """Send log lines to `log_file`, or to stdout where it is None; `quiet` (every process but the first) drops them.
+
+    Numbers go to the folder `tensorboard` besides, where one is given.
+    """
+    while _curves:
+        _curves.pop().writer.close()
+    if tensorboard is not None:
+        _curves.append(_Curves(tensorboard))
     for handler in list(LOGGER.handlers):
         LOGGER.removeHandler(handler)
         handler.close()
@@ -41,6 +72,8 @@ def log(message: str) -> None:
 
 def log_stats(kind: str, **stats) -> None:
     """Write `json_stats: {"_type": kind, ...}`, the line that pycls and its plotting tools read."""
+    for curves in _curves:
+        curves.add(kind, stats)
     LOGGER.info(JSON_PREFIX + simplejson.dumps({"_type": kind, **{k: _rounded(v) for k, v in stats.items()}}))
 
 

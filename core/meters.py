@@ -7,31 +7,30 @@ import time
 import torch
 from torch import Tensor
 
-from core.distributed import all_reduce_sum
-
-
-def errors(logits: Tensor, labels: Tensor, ks: tuple[int, ...] = (1, 5)) -> list[Tensor]:
-    """Number of images whose label is not among the k largest logits, for every k; k stops at the class count."""
-    most = min(max(ks), logits.shape[1])
-    hits = logits.topk(most, dim=1).indices == labels[:, None]
-    return [len(labels) - hits[:, : min(k, most)].sum() for k in ks]
+from core.distributed import all_reduce_sum, world_size
 
 
 class Sums:
     """Sums of loss, top-1 and top-5 errors over images, since creation or `reset`."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.images = 0
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """`loss` is the mean over this batch."""
-        top1, top5 = errors(logits, labels)
-        count = torch.tensor(len(labels), device=self.sums.device)
-        self.sums += torch.stack([loss.detach() * count, top1, top5, count]).to(self.sums.dtype)
+    def add(self, loss: Tensor, ranks: Tensor) -> None:
+        """`loss` is the mean over these images; `ranks` [B] is how many classes beat the true one of each."""
+        self.sums += torch.stack([loss.detach() * len(ranks), (ranks >= 1).sum(), (ranks >= 5).sum()])
+        self.images += len(ranks)
+
+    def merge(self, other: "Sums") -> None:
+        """Add the sums of `other`."""
+        self.sums += other.sums
+        self.images += other.images
 
     def read(self) -> dict[str, float]:
         """Mean loss and errors in percent over all processes (a collective call), and the number of images."""
-        loss, top1, top5, count = all_reduce_sum(self.sums.clone()).tolist()
+        count = torch.tensor([self.images], dtype=torch.float64, device=self.sums.device)
+        loss, top1, top5, count = all_reduce_sum(torch.cat([self.sums, count])).tolist()
         images = max(count, 1.0)
         return {
             "loss": loss / images,
@@ -42,6 +41,20 @@ class Sums:
 
     def reset(self) -> None:
         self.sums.zero_()
+        self.images = 0
+
+    def state(self) -> list[float]:
+        """The sums of this process as plain numbers."""
+        return [*self.sums.tolist(), self.images]
+
+    def restore(self, states: list[list[float]], rank: int) -> None:
+        """Take back the states of all processes; where there are more or fewer now, the first one takes the total."""
+        if len(states) == world_size():
+            mine = states[rank]
+        else:
+            mine = [sum(column) for column in zip(*states, strict=True)] if rank == 0 else [0.0] * 4
+        self.sums.copy_(torch.tensor(mine[:3], dtype=torch.float64))
+        self.images = int(mine[3])
 
 
 class Clock:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from core.checkpoint import FOLDER, newest_checkpoint
+from core.checkpoint import FOLDER, checkpoints
+from core.distributed import is_main
 from core.environment import atomic_write, is_user_error
 
 LOG_NAME = "stdout.log"
@@ -14,6 +15,10 @@ LOG_NAME = "stdout.log"
 
 def log_file(cfg: CfgNode) -> Path | None:
     return Path(cfg.OUT_DIR) / LOG_NAME if cfg.LOG_DEST == "file" else None
+
+
+def tensorboard_folder(cfg: CfgNode) -> Path | None:
+    return Path(cfg.OUT_DIR) / "tensorboard" if cfg.TENSORBOARD and is_main() else None
 
 
 def write_config(cfg: CfgNode) -> None:
@@ -42,7 +47,7 @@ def output_folder(cfg: CfgNode) -> Iterator[None]:
         yield
     except BaseException as error:
         log = out_dir / LOG_NAME
-        if made and newest_checkpoint(out_dir) is None and (is_user_error(error) or not log.exists()):
+        if made and not checkpoints(out_dir) and (is_user_error(error) or not log.exists()):
             for remove in (log.unlink, (out_dir / cfg.CFG_DEST).unlink, *(f.rmdir for f in (out_dir / FOLDER, *made))):
                 with contextlib.suppress(OSError):  # absent, or a folder that is not empty
                     remove()

@@ -1,198 +1,283 @@
-"""Training: set up, then epochs of steps, validation and checkpoints."""
+"""Training: set up, then epochs of steps, evaluation and checkpoints; from any checkpoint on, bit by bit the same."""
 
-import math
+import contextlib
+from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch import nn
 from yacs.config import CfgNode
 
 from core import builders
-from core.checkpoint import newest_checkpoint, resume, save_checkpoint
-from core.distributed import barrier, broadcast_from_main, is_main, training_device, world_size
-from core.environment import code_version
+from core.average import MovingAverage
+from core.checkpoint import (
+    BEST,
+    checkpoint_path,
+    link_best,
+    newest_checkpoint,
+    prune,
+    remove_unfinished,
+    write_checkpoint,
+)
+from core.distributed import barrier, broadcast_from_main, gather_objects, is_main, rank, training_device, world_size
+from core.evaluation import Evaluation, Scorer
+from core.faults import Faults
+from core.freeze import Frozen
+from core.interrupt import Interrupted, Stopped
+from core.launch import restarts
+from core.lock import folder_lock
 from core.logging import log, log_stats, setup_logging
-from core.meters import Clock, Sums, memory_mb
+from core.meters import Clock, memory_mb
 from core.optimizer import set_learning_rate
-from core.output import log_file, write_config
+from core.output import log_file, tensorboard_folder, write_config
+from core.position import Position
 from core.precise_bn import update_precise_bn
 from core.progress import progress
+from core.report import count_gflops, start_report
+from core.resume import restore, state_of
+from core.step import set_float32_precision
 
 
-def train(cfg: CfgNode) -> None:
-    """Train in this process, one of `world_size()`. Raises `ValueError` for the user's mistakes."""
-    newest = newest_checkpoint(cfg.OUT_DIR)
-    if newest and not cfg.TRAIN.AUTO_RESUME:
-        raise ValueError(f"{cfg.OUT_DIR} holds checkpoints: set TRAIN.AUTO_RESUME True to go on, or another OUT_DIR")
-    torch.manual_seed(cfg.RNG_SEED)
-    torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
-    run = Run(cfg, training_device(cfg.NUM_GPUS))
-    notes = []
-    if newest:
-        run.epochs_done = resume(newest, run.model, run.optimizer)
-        notes.append(f"resuming from {newest}: {run.epochs_done} of {cfg.OPTIM.MAX_EPOCH} epochs done")
-    elif cfg.TRAIN.WEIGHTS:
-        notes = builders.load_initial_weights(cfg, run.model)
-    barrier()  # nothing is written before all processes have found their input in order
+def train(cfg: CfgNode, score: Scorer | None = None) -> None:
+    """Train in this process, one of `world_size()`. Raises `ValueError` for the user's mistakes.
+
+    Ends by SystemExit with code 128 + signal after SIGINT or SIGTERM, when the state is saved.
+    """
+    with folder_lock(cfg.OUT_DIR) if is_main() else contextlib.nullcontext(True) as locked:
+        newest, notes = find_start(cfg)
+        if not locked:
+            notes.append(f"the file system of {cfg.OUT_DIR} has no locks: see to it yourself that one run uses it")
+        torch.manual_seed(cfg.RNG_SEED)
+        torch.backends.cudnn.benchmark = cfg.CUDNN.BENCHMARK
+        set_float32_precision(cfg.TRAIN.PRECISION)
+        run = Run(cfg, training_device(cfg.NUM_GPUS), score)
+        if newest:
+            notes += run.resume(newest)
+        elif cfg.TRAIN.WEIGHTS:
+            notes += run.load_initial_weights()
+        barrier()  # nothing is written before all processes have found their input in order
+        if is_main():
+            remove_unfinished(cfg.OUT_DIR)
+            write_config(cfg)
+        setup_logging(log_file(cfg), quiet=not is_main(), tensorboard=tensorboard_folder(cfg))
+        for line in (*run.report(), *notes):
+            log(line)
+        run.train()
+
+
+def find_start(cfg: CfgNode) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, None to begin; and notes. The first process looks and tells the others."""
+    newest, notes, mistake = None, [], None
     if is_main():
-        write_config(cfg)
-    setup_logging(log_file(cfg), quiet=not is_main())
-    run.log_start()
-    for note in notes:
-        log(note)
-    run.train()
-
-
-def train_step(network: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """One update of the weights; returns the loss and the logits [B, classes] from before it."""
-    logits = network(images, labels)
-    loss = F.cross_entropy(logits, labels)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach(), logits.detach()
+        try:
+            newest, notes = newest_checkpoint(cfg.OUT_DIR)
+        except ValueError as error:
+            mistake = str(error)
+    newest, notes, mistake = gather_objects((newest, notes, mistake))[0]
+    if mistake:
+        raise ValueError(mistake)
+    if newest and not cfg.TRAIN.AUTO_RESUME and not restarts():
+        raise ValueError(f"{cfg.OUT_DIR} holds checkpoints: set TRAIN.AUTO_RESUME True to go on, or another OUT_DIR")
+    return newest, notes
 
 
 class Run:
     """One training run: the model, its data, and how far it has come."""
 
-    def __init__(self, cfg: CfgNode, device: torch.device):
+    def __init__(self, cfg: CfgNode, device: torch.device, score: Scorer | None = None):
         self.cfg = cfg
         self.device = device
         self.train_loader = builders.build_train_loader(cfg)
-        self.test_loader = builders.build_test_loader(cfg)
+        test_loader = builders.build_test_loader(cfg)
+        self.iterations = self.train_loader.batch_sampler.per_epoch
+        self.lists = builders.list_hashes(cfg)
         self.model = builders.build_classifier(cfg).to(device, memory_format=torch.channels_last)
+        self.frozen = self.freeze(self.model)
         self.optimizer = builders.build_optimizer(cfg, self.model)
-        self.epochs_done = 0
-        self.lowest_error = math.inf
-
-    def log_start(self) -> None:
-        cfg, labels = self.cfg, self.train_loader.dataset.labels
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        parameters = sum(p.numel() for p in self.model.parameters())
-        log(f"code {code_version()}, torch {torch.__version__}, {world_size()} x {name}")
-        log(f"ResNet-{cfg.MODEL.DEPTH}, {parameters / 1e6:.2f} million parameters, {cfg.MODEL.HEADS.CLS_LAYER} head")
-        validated = f"{len(self.test_loader.dataset)} to validate" if self.test_loader else "no validation"
-        log(
-            f"{len(labels)} images of {len(np.unique(labels))} classes to train, {validated}; "
-            f"{len(self.train_loader)} iterations of {cfg.TRAIN.BATCH_SIZE} images an epoch"
+        self.average = MovingAverage(self.model, cfg.OPTIM.EMA_DECAY) if cfg.OPTIM.EMA_DECAY else None
+        self.step = builders.build_step(cfg, self.model, self.optimizer)
+        self.position = Position(device)
+        self.saved_at: tuple[int, int] | None = None
+        self.evaluate = Evaluation(cfg, device, self.position, test_loader, score)
+        self.faults = Faults(
+            self.position,
+            self.step,
+            self.train_loader.dataset,
+            skip_broken=cfg.DATA_LOADER.SKIP_BROKEN,
+            remember=cfg.LOG_PERIOD,
         )
+        self.clock = Clock()
+
+    def freeze(self, network: nn.Module) -> Frozen:
+        return Frozen(network.globalmodel, stages=self.cfg.TRAIN.FREEZE_AT, batch_norm=self.cfg.TRAIN.FREEZE_BN)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated: the moving average where one is kept."""
+        return self.average.network if self.average else self.model
+
+    def load_initial_weights(self) -> list[str]:
+        notes = builders.load_initial_weights(self.cfg, self.model)
+        if self.average:
+            self.average.network.load_state_dict(self.model.state_dict())
+        return notes
+
+    def resume(self, path: Path) -> list[str]:
+        """Take up the state in a checkpoint; returns notes."""
+        average = self.average.network if self.average else None
+        saved = {"average": average, "scaler": self.step.scaler, "lists": self.lists}
+        notes = restore(path, self.cfg, self.model, self.optimizer, self.position, **saved)
+        self.saved_at = self.position.place
+        done = f"{self.position.epochs_done} of {self.cfg.OPTIM.MAX_EPOCH} epochs done"
+        inside = f" and {self.position.iteration} of {self.iterations} iterations of the next"
+        return [f"resuming from {path}: {done}{inside if self.position.iteration else ''}", *notes]
+
+    def report(self) -> list[str]:
+        with torch.device("meta"):
+            gflops = count_gflops(builders.build_descriptor(self.cfg), self.cfg.TRAIN.IM_SIZE)
+        labels, test_loader = self.train_loader.dataset.labels, self.evaluate.loader
+        validated = len(test_loader.dataset) if test_loader else 0
+        return start_report(self.cfg, self.model, self.device, gflops=gflops, labels=labels, validated=validated)
 
     def train(self) -> None:
-        cfg = self.cfg
-        network = self.model
-        if world_size() > 1:
-            devices = [self.device.index] if self.device.type == "cuda" else None
-            network = DistributedDataParallel(self.model, device_ids=devices)
-        if cfg.OPTIM.MAX_EPOCH <= self.epochs_done:
-            if self.epochs_done == 0:
+        with self.faults:
+            try:
+                self.train_epochs()
+            except Interrupted as interrupted:
+                path = self.save()
+                log(f"{interrupted}: the same command goes on from {path}")
+                raise Stopped(interrupted.number) from None
+
+    def train_epochs(self) -> None:
+        cfg, position = self.cfg, self.position
+        if cfg.OPTIM.MAX_EPOCH <= position.epochs_done:
+            if position.epochs_done == 0:
                 self.save()
-            log(f"nothing to train: {self.epochs_done} of {cfg.OPTIM.MAX_EPOCH} epochs are done")
-        self.clock = Clock()
-        while self.epochs_done < cfg.OPTIM.MAX_EPOCH:
-            self.train_epoch(network)
-            self.epochs_done += 1
-            validate = self.test_loader is not None and self.is_due(cfg.TRAIN.EVAL_PERIOD)
-            save = self.is_due(cfg.TRAIN.CHECKPOINT_PERIOD)
-            if validate or save:
+            log(f"nothing to train: {position.epochs_done} of {cfg.OPTIM.MAX_EPOCH} epochs are done")
+        while position.epochs_done < cfg.OPTIM.MAX_EPOCH:
+            if position.iteration < self.iterations:  # else it was interrupted in the evaluation that follows
+                self.train_epoch()
+            number = position.epochs_done + 1
+            evaluate = number % cfg.TRAIN.EVAL_PERIOD == 0 or number == cfg.OPTIM.MAX_EPOCH
+            save = number % cfg.TRAIN.CHECKPOINT_PERIOD == 0 or number == cfg.OPTIM.MAX_EPOCH
+            if evaluate or save:
                 self.settle_batch_norm()
-            if validate:
-                self.validate()
+            best = evaluate and self.evaluate(self.evaluated, self.faults)
+            position.next_epoch()
             if save:
-                self.save()
+                self.save(best=best)
+            elif best:
+                self.write(checkpoint_path(cfg.OUT_DIR, *position.place).with_name(BEST))
 
-    def is_due(self, period: int) -> bool:
-        return self.epochs_done % period == 0 or self.epochs_done == self.cfg.OPTIM.MAX_EPOCH
-
-    def save(self) -> None:
-        for key, value in self.model.state_dict().items():
-            if value.is_floating_point() and not value.isfinite().all():  # such a file could not be loaded again
-                raise FloatingPointError(f"{key} is not finite after epoch {self.epochs_done}: lower OPTIM.BASE_LR")
-        if is_main():
-            path = save_checkpoint(self.cfg, self.model, self.optimizer, epochs_done=self.epochs_done)
-            log(f"saved {path}")
-        barrier()
-
-    def train_epoch(self, network: nn.Module) -> None:
-        cfg, epoch, iterations = self.cfg, self.epochs_done, len(self.train_loader)
-        rate = builders.learning_rate_at(cfg, epoch)
-        set_learning_rate(self.optimizer, rate)
-        self.train_loader.batch_sampler.set_epoch(epoch)
+    def train_epoch(self) -> None:
+        """From the position to the end of the epoch."""
+        cfg, position = self.cfg, self.position
+        self.train_loader.batch_sampler.set_epoch(position.epochs_done, start=position.iteration)
         self.model.train()
-        whole, recent = Sums(self.device), Sums(self.device)
-        clock = Clock()
-        title = f"epoch {epoch + 1}/{cfg.OPTIM.MAX_EPOCH}"
-        bar = progress(self.train_loader, title, unit="it", leave=False)
-        for iteration, (images, labels, _) in enumerate(bar, start=1):
-            images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-            labels = labels.to(self.device, non_blocking=True)
-            loss, logits = train_step(network, self.optimizer, images, labels)
-            whole.add(loss, logits, labels)
-            recent.add(loss, logits, labels)
-            clock.tick()
-            self.clock.tick()
-            if iteration % cfg.LOG_PERIOD == 0 or iteration == iterations:
-                stats = self.finite(recent, f"epoch {epoch + 1}, iteration {iteration}")
-                recent.reset()
-                bar.set_postfix(loss=f"{stats['loss']:.3f}", err=f"{stats['top1_err']:.1f}%")
-                left = (cfg.OPTIM.MAX_EPOCH - epoch) * iterations - iteration
-                log_stats(
-                    "train_iter",
-                    epoch=f"{epoch + 1}/{cfg.OPTIM.MAX_EPOCH}",
-                    iter=f"{iteration}/{iterations}",
-                    **self.speed(clock),
-                    eta=self.clock.eta(left),
-                    lr=rate,
-                    **stats,
-                )
-        stats = self.finite(whole, f"epoch {epoch + 1}")
+        self.frozen.keep_statistics()
+        clock, rate = Clock(), 0.0
+        batches = builders.batches_on_device(self.train_loader, self.device)
+        title = f"epoch {position.epochs_done + 1}/{cfg.OPTIM.MAX_EPOCH}"
+        bar = progress(batches, title, unit="it", initial=position.iteration, total=self.iterations, leave=False)
+        with contextlib.closing(bar):
+            for batch in bar:
+                self.faults.poll()
+                rate = builders.learning_rate_at(cfg, position.epochs_done, position.iteration / self.iterations)
+                set_learning_rate(self.optimizer, rate)
+                update = position.epochs_done * self.iterations + position.iteration + 1
+                self.faults.met(batch.broken, update, batch.indices.tolist())
+                loss, ranks = self.step(batch.images, batch.labels, number=update, rank=rank())
+                if self.average:
+                    self.average.update(update)
+                position.iteration += 1
+                position.period.add(loss, ranks)
+                clock.tick()
+                self.clock.tick()
+                log_now = position.iteration % cfg.LOG_PERIOD == 0 or position.iteration == self.iterations
+                if log_now or self.device.type == "cpu":
+                    self.faults.check_finite(self.iterations)
+                if log_now:
+                    stats = self.log_iteration(clock, rate)
+                    bar.set_postfix(loss=f"{stats['loss']:.3f}", err=f"{stats['top1_err']:.1f}%")
+                due = cfg.TRAIN.CHECKPOINT_ITERS and position.iteration % cfg.TRAIN.CHECKPOINT_ITERS == 0
+                if due and position.iteration < self.iterations:
+                    self.save()
+        self.log_epoch(clock, rate)
+
+    def log_iteration(self, clock: Clock, rate: float) -> dict[str, float]:
+        position, epochs = self.position, self.cfg.OPTIM.MAX_EPOCH
+        stats = position.period.read()
+        position.epoch.merge(position.period)
+        position.period.reset()
         log_stats(
-            "train_epoch",
-            epoch=f"{epoch + 1}/{cfg.OPTIM.MAX_EPOCH}",
+            "train_iter",
+            epoch=f"{position.epochs_done + 1}/{epochs}",
+            iter=f"{position.iteration}/{self.iterations}",
             **self.speed(clock),
-            eta=self.clock.eta((cfg.OPTIM.MAX_EPOCH - epoch - 1) * iterations),
+            eta=self.clock.eta((epochs - position.epochs_done) * self.iterations - position.iteration),
             lr=rate,
             **stats,
         )
-
-    def finite(self, sums: Sums, where: str) -> dict[str, float]:
-        """The means of `sums`; a loss that is not finite ends the run before anything of it is saved."""
-        stats = sums.read()
-        if not math.isfinite(stats["loss"]):
-            raise FloatingPointError(f"the loss is {stats['loss']} at {where}: lower OPTIM.BASE_LR, or warm up longer")
         return stats
+
+    def log_epoch(self, clock: Clock, rate: float) -> None:
+        position, epochs = self.position, self.cfg.OPTIM.MAX_EPOCH
+        log_stats(
+            "train_epoch",
+            epoch=f"{position.epochs_done + 1}/{epochs}",
+            **self.speed(clock),
+            eta=self.clock.eta((epochs - position.epochs_done - 1) * self.iterations),
+            lr=rate,
+            **position.epoch.read(),
+        )
 
     def speed(self, clock: Clock) -> dict[str, float | int]:
         per_second = self.cfg.TRAIN.BATCH_SIZE / max(clock.per_iteration, 1e-9)
         return {"time_avg": clock.per_iteration, "images_per_s": per_second, "mem": memory_mb(self.device)}
 
     def settle_batch_norm(self) -> None:
-        """Give all processes the same batch-norm statistics: what is validated is what is saved."""
-        if self.cfg.BN.USE_PRECISE_STATS:
-            batches = self.cfg.BN.NUM_SAMPLES_PRECISE // self.cfg.TRAIN.BATCH_SIZE
-            update_precise_bn(self.model, self.train_loader, self.device, batches=batches)
-        else:
+        """Give all processes the same batch-norm statistics: what is evaluated is what is saved."""
+        cfg = self.cfg
+        if cfg.BN.USE_PRECISE_STATS:
+            batches = max(cfg.BN.NUM_SAMPLES_PRECISE // cfg.TRAIN.BATCH_SIZE, 1)
+            self.train_loader.batch_sampler.set_epoch(self.position.epochs_done)
+            loader = builders.batches_on_device(self.train_loader, self.device)
+            network = self.evaluated
+            still = self.freeze(network).layers
+            update_precise_bn(
+                network, loader, batches=batches, forward=network.descriptors, leave=still, poll=self.faults.poll
+            )
+        elif world_size() > 1:
             broadcast_from_main(self.model.buffers())
+            if self.average:
+                broadcast_from_main(self.average.network.buffers())
 
-    @torch.no_grad()
-    def validate(self) -> None:
-        """Log loss and errors over every image of the list exactly once, from plain cosines."""
-        self.model.eval()
-        sums = Sums(self.device)
-        with progress(self.test_loader, "validation", unit="batch", leave=False) as bar:
-            for images, labels, _ in bar:
-                labels = labels.to(self.device)
-                logits = self.model(images.to(self.device, memory_format=torch.channels_last))
-                sums.add(F.cross_entropy(logits, labels), logits, labels)
-        stats = sums.read()  # may overflow in the first epochs, whose batch-norm statistics are half those of the start
-        self.lowest_error = min(self.lowest_error, stats["top1_err"])
-        log_stats(
-            "test_epoch",
-            epoch=f"{self.epochs_done}/{self.cfg.OPTIM.MAX_EPOCH}",
-            min_top1_err=self.lowest_error,
-            mem=memory_mb(self.device),
-            **stats,
-        )
+    def save(self, *, best: bool = False) -> Path:
+        """Write a checkpoint of this position, unless it has been written; a collective call."""
+        cfg, position = self.cfg, self.position
+        path = checkpoint_path(cfg.OUT_DIR, *position.place)
+        if self.saved_at == position.place:
+            return path
+        self.write(path)
+        self.saved_at = position.place
+        if is_main():
+            if best:
+                link_best(path)
+            prune(cfg.OUT_DIR, cfg.TRAIN.KEEP_CHECKPOINTS)
+        return path
+
+    def write(self, path: Path) -> None:
+        """Write the whole state to a file; a collective call, which ends when the file is on the disk."""
+        self.faults.check_finite(self.iterations)
+        self.faults.count_broken()
+        average = self.average.network if self.average else None
+        saved = {"average": average, "scaler": self.step.scaler.state_dict(), "lists": self.lists}
+        content = state_of(self.cfg, self.model, self.optimizer, self.position, **saved)
+        for key, value in content["model_state"].items():
+            if value is not None and value.is_floating_point() and not value.isfinite().all():
+                # Such a file could not be loaded again.
+                done = self.position.epochs_done
+                raise FloatingPointError(f"{key} is not finite after epoch {done}: lower OPTIM.BASE_LR")
+        if is_main():
+            write_checkpoint(content, path)
+            log(f"saved {path}")
+        barrier()

@@ -6,16 +6,19 @@ the label is what follows the last white space.
 
 import os
 import re
-from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.random import PCG64, Generator, SeedSequence
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
-from datasets.image import ImageError, decode
+from datasets.batch_memory import BatchMemory
+from datasets.image import ImageError, ImageFile
 
+_MOST_REPLACED = 1000  # broken images in a row: then it is the disk that is broken
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
@@ -111,13 +114,32 @@ def _files_of(folder: str) -> set[str]:
         raise ListError(f"{folder}: the folder cannot be listed ({error.strerror})") from error
 
 
-class LandmarkDataset(Dataset):
-    """Samples of a list file, addressed by `(epoch, index)` in training, by `index` alone where nothing is random.
+class Batch(NamedTuple):
+    """What the loader yields. Exact: images are normalised and `shift` is zero; fast: both are left to the device."""
 
-    A sample is (float32 [3, S, S], label, index). Its augmentation is a function of (seed, epoch, index) and of
-    nothing else, so ranks and workers change nothing. An image that cannot be read is RETURNED as an ImageError that
-    names image, list file and line: raised in a worker it would reach the main process wrapped in a traceback; the
-    loader raises it there.
+    images: Tensor  # exact: float32 [B, 3, S, S] in channels_last order; fast: uint8 [B, S, S, 3] BGR
+    labels: Tensor  # int64 [B]
+    indices: Tensor  # int64 [B], lines of the list counted from 0
+    shift: Tensor  # float32 [B, 3] BGR, the lighting of pixels in 0..1
+    broken: list[str]  # a line for every image that could not be read, with `skip_broken`
+
+
+class Transform(Protocol):
+    """From a file to the network's input: float32 (exact) or uint8 (fast), see `transforms`."""
+
+    size: int
+    dtype: type
+
+    def write(self, file: ImageFile, rng: Generator, out: np.ndarray) -> np.ndarray:
+        """Fill `out` [size, size, 3] of `dtype`, return the lighting still to be added, float32 [3]."""
+
+
+class LandmarkDataset(Dataset):
+    """Batches of samples of a list file, each addressed by `(epoch, index)`, or `index` where nothing is random.
+
+    A sample is a function of (seed, epoch, index) and of nothing else, so ranks and workers change nothing. An image
+    that cannot be read makes an ImageError that names image, list file and line. It is RETURNED instead of the batch:
+    raised in a worker it would reach the main process wrapped in a traceback; the loader raises it there.
     """
 
     def __init__(
@@ -125,12 +147,17 @@ class LandmarkDataset(Dataset):
         root: str | os.PathLike,
         list_file: str | os.PathLike,
         *,
-        transform: Callable[[np.ndarray, Generator], np.ndarray],
+        transform: Transform,
         num_classes: int | None,
         seed: int,
         check: bool = True,
+        skip_broken: bool = False,
     ) -> None:
-        """Reads the list and, with `check`, looks whether all images exist. Raises ListError."""
+        """Reads the list and, with `check`, looks whether all images exist. Raises ListError.
+
+        With `skip_broken` the next image of the list that can be read, with its own label, index and draw, stands in
+        for a broken one, and `Batch.broken` tells of it.
+        """
         paths, self.labels = read_list(list_file, root=root, num_classes=num_classes)
         if check:
             check_files(list_file, paths)
@@ -139,21 +166,56 @@ class LandmarkDataset(Dataset):
         encoded = [os.fsencode(path) for path in paths]
         self._paths = b"".join(encoded)
         self._offsets = np.cumsum([0, *map(len, encoded)])
-        self._list_file, self._transform, self._seed = list_file, transform, seed
+        self._list_file, self._transform, self._seed, self._skip_broken = list_file, transform, seed, skip_broken
+        self._memory: BatchMemory | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def use_batch_memory(self, *, workers: int, batch_size: int) -> None:
+        """Let this many workers, which are not forked yet, hand over their batches in memory that stays."""
+        image = 3 * self._transform.size**2 * np.dtype(self._transform.dtype).itemsize
+        self._memory = BatchMemory(workers=workers, size=batch_size * image)
 
     def path(self, index: int) -> str:
         """The path of sample `index`, root included."""
         start, end = self._offsets[index], self._offsets[index + 1]
         return os.fsdecode(self._paths[start:end])
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int, int] | ImageError:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        try:
-            image = decode(self.path(index))
-        except ImageError as error:
-            return ImageError(f"{self._list_file}, line {index + 1}: {error}")
-        sample = self._transform(image, Generator(PCG64(SeedSequence([self._seed, epoch, index]))))
-        return torch.from_numpy(sample), int(self.labels[index]), index
+    def __getitem__(self, key: int | tuple[int, int]) -> Batch | ImageError:
+        """A batch of one."""
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: list[int | tuple[int, int]]) -> Batch | ImageError:
+        """The batch of these keys; PyTorch's loader calls this. Its images are [B, S, S, 3], as they lie in memory."""
+        shape, dtype = (len(keys), self._transform.size, self._transform.size, 3), self._transform.dtype
+        worker = get_worker_info()
+        slot = self._memory.take(worker.id, shape, dtype) if worker and self._memory else None
+        pixels = slot.array() if slot else np.empty(shape, dtype)
+        indices, shifts, broken = [], [], []
+        for out, key in zip(pixels, keys, strict=True):
+            epoch, index = key if isinstance(key, tuple) else (0, key)
+            sample = self._write(epoch, index, out, broken)
+            if isinstance(sample, ImageError):
+                if slot:
+                    slot.release()
+                return sample
+            indices.append(sample[0])
+            shifts.append(sample[1])
+        labels, shift = torch.from_numpy(self.labels[indices]), torch.from_numpy(np.stack(shifts))
+        return Batch(slot or torch.from_numpy(pixels), labels, torch.tensor(indices), shift, broken)
+
+    def _write(self, epoch: int, index: int, out: np.ndarray, broken: list[str]) -> tuple[int, np.ndarray] | ImageError:
+        """Fill `out` with sample `index` or what stands in for it; return the index that it is, and its lighting."""
+        tries = min(len(self), _MOST_REPLACED) if self._skip_broken else 1
+        for candidate in range(index, index + tries):
+            candidate %= len(self)
+            rng = Generator(PCG64(SeedSequence([self._seed, epoch, candidate])))
+            try:
+                return candidate, self._transform.write(ImageFile(self.path(candidate)), rng, out)
+            except ImageError as error:
+                message = f"{self._list_file}, line {candidate + 1}: {error}"
+            broken.append(message)
+        if tries == 1:
+            return ImageError(message)
+        return ImageError(f"{broken[-tries]} (nor can any of the {tries - 1} images after it be read)")

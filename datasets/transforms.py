@@ -4,6 +4,8 @@ Training: crop, bilinear resize, flip, /255, PCA lighting, normalise. Test: resi
 Extraction: resize by a scale, /255, normalise. Resizing is done on float32 in 0..255: resizing uint8 would round, and
 moves a descriptor by 4e-5 and more.
 
+`FastTrainTransform` is the other way: the same crop and flip on uint8, the rest on the device (`device.py`).
+
 Every function is pure: what is random in training is drawn beforehand by `draw_train` and handed in.
 """
 
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+
+from datasets.image import ImageFile
 
 # ImageNet statistics of pixels in 0..1, blue, green, red.
 MEAN_BGR = np.array([0.406, 0.456, 0.485], np.float32)
@@ -25,6 +29,8 @@ LIGHTING_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.81
 CROP_AREA = (0.08, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
+
+Box = tuple[float, float, float, float]  # y, x, height, width in pixels
 
 
 @dataclass(frozen=True)
@@ -63,41 +69,99 @@ def _draw_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, i
 
 def transform_train(image: np.ndarray, draw: TrainDraw, size: int) -> np.ndarray:
     """uint8 [H, W, 3] BGR -> float32 [3, size, size], with the given draw."""
-    if draw.box is None:
-        crop = _centre_crop(_resize_shorter(image.astype(np.float32), size), size)
-    else:
-        y, x, h, w = draw.box
-        crop = resize_bilinear(image[y : y + h, x : x + w].astype(np.float32), size, size)
-    if draw.flip:
-        crop = crop[:, ::-1]
-    return normalise(crop, shift=lighting_shift(draw.alpha))
+    return normalise(_cut_train(image, draw, size), shift=lighting_shift(draw.alpha))
 
 
 def transform_test(image: np.ndarray, resize: int, size: int) -> np.ndarray:
     """uint8 [H, W, 3] BGR -> float32 [3, size, size]: shorter side to `resize`, then the centre `size` x `size`."""
-    assert resize >= size, f"a centre crop of {size} needs a shorter side of at least that, not {resize}"
-    return normalise(_centre_crop(_resize_shorter(image.astype(np.float32), resize), size))
+    return normalise(_cut_test(image, resize, size))
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Draw and apply: (uint8 [H, W, 3] BGR, rng) -> float32 [3, size, size]."""
+    """What the loader calls for a training sample: `transform_train`."""
 
     size: int
+    dtype = np.float32  # of `out`
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return transform_train(image, draw_train(rng, *image.shape[:2]), self.size)
+    def write(self, file: ImageFile, rng: np.random.Generator, out: np.ndarray) -> np.ndarray:
+        """Write the input to `out`, float32 [size, size, 3]; return zeros [3]. Raises ImageError."""
+        image = file.decode()
+        draw = draw_train(rng, *image.shape[:2])
+        normalise_into(out, _cut_train(image, draw, self.size), shift=lighting_shift(draw.alpha))
+        return np.zeros(3, np.float32)
 
 
 @dataclass(frozen=True)
 class TestTransform:
-    """The same call without chance: `rng` is not touched."""
+    """The same for validation: `transform_test`, without chance. There is no fast variant: it is the smaller part."""
 
     resize: int
     size: int
+    dtype = np.float32
 
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return transform_test(image, self.resize, self.size)
+    def write(self, file: ImageFile, rng: np.random.Generator, out: np.ndarray) -> np.ndarray:
+        normalise_into(out, _cut_test(file.decode(), self.resize, self.size))
+        return np.zeros(3, np.float32)
+
+
+@dataclass(frozen=True)
+class FastTrainTransform:
+    """The draw of `TrainTransform`, but crop, resize and flip are done on uint8; lighting and normalisation are left.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least `size` pixels of the crop both ways.
+
+    What this changes in the input, in units of 1/255, over 1,800 crops of photographs to 64 .. 512 px: 0.25 in the
+    mean and at most 0.8, the rounding. Where the decode is reduced 4 to 5 in the mean (13 in the worst photograph) and
+    up to 124 at edges: blocks are averaged, while bilinear resizing skips pixels.
+    """
+
+    size: int
+    reduce: bool = True  # whether to decode at reduced size
+    dtype = np.uint8
+
+    def write(self, file: ImageFile, rng: np.random.Generator, out: np.ndarray) -> np.ndarray:
+        """Write the crop to `out`, uint8 [size, size, 3]; return its lighting, float32 [3]. Raises ImageError."""
+        whole, start = file.size, rng.bit_generator.state
+        if whole is not None:
+            draw = draw_train(rng, *whole)
+            box = _box(draw, *whole, self.size)
+            fitting = (f for f in file.reductions if self.reduce and f * self.size <= min(box[2:]))
+            reduction = max(fitting, default=1)
+            end = min(whole[0], math.ceil(box[0] + box[2]) + 1)
+            image = file.decode(reduction) if reduction > 1 else file.decode_rows(end)
+            if image.shape[1] == -(-whole[1] // reduction) and len(image) >= end // reduction:
+                cut_fast(out, image, draw, box=box, reduction=reduction)
+                return lighting_shift(draw.alpha).astype(np.float32)
+            rng.bit_generator.state = start  # OpenCV finds another size than the header tells: it decides
+        image = file.decode()
+        draw = draw_train(rng, *image.shape[:2])
+        cut_fast(out, image, draw, box=_box(draw, *image.shape[:2], self.size))
+        return lighting_shift(draw.alpha).astype(np.float32)
+
+
+def cut_fast(out: np.ndarray, image: np.ndarray, draw: TrainDraw, *, box: Box, reduction: int = 1) -> None:
+    """Write the crop of uint8 [H, W, 3], resized and flipped, to `out`, uint8 [S, S, 3].
+
+    `box` is given in pixels of the whole image, of which `image` is the decode at 1/`reduction` of the size.
+    """
+    size = len(out)
+    y, x, h, w = box
+    if reduction == 1 and draw.box is not None:
+        crop = image[y : y + h, x : x + w]
+        if draw.flip:
+            cv2.flip(cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR), 1, dst=out)
+        else:
+            cv2.resize(crop, (size, size), dst=out, interpolation=cv2.INTER_LINEAR)
+        return
+    # The corners lie between pixels. Matrix from a pixel of `out` to its place in `image`, both counted at the centre.
+    down, right = h / size / reduction, w / size / reduction
+    top, left = y / reduction + down / 2 - 0.5, x / reduction + right / 2 - 0.5
+    if draw.flip:
+        left, right = left + right * (size - 1), -right
+    matrix = np.array([[right, 0, left], [0, down, top]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    cv2.warpAffine(image, matrix, (size, size), dst=out, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:
@@ -121,18 +185,34 @@ def resize_bilinear(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def normalise(image: np.ndarray, *, shift: np.ndarray | None = None) -> np.ndarray:
-    """float32 [H, W, 3] BGR in 0..255 -> float32 [3, H, W], contiguous: (x/255 + shift - mean) / sd.
+    """float32 [H, W, 3] BGR in 0..255 -> float32 [3, H, W], contiguous: (x/255 + shift - mean) / sd."""
+    out = np.empty(image.shape, np.float32)
+    normalise_into(out, image, shift=shift)
+    return np.ascontiguousarray(out.transpose(2, 0, 1))
+
+
+def normalise_into(out: np.ndarray, image: np.ndarray, *, shift: np.ndarray | None = None) -> None:
+    """Write (x/255 + shift - mean) / sd of float32 [H, W, 3] BGR in 0..255 to `out`, of the same shape, contiguous.
 
     The shift (float64 [3], BGR) is added in float64 and rounded once, as the published code does under NumPy 2.
     """
-    assert image.dtype == np.float32, image.dtype
-    planes = np.array(image.transpose(2, 0, 1), order="C")
-    planes /= 255
+    assert image.dtype == out.dtype == np.float32, (image.dtype, out.dtype)
+    source, target = np.ascontiguousarray(image).reshape(-1), out.reshape(-1)
+    # A block at a time, which stays in the cache; as many constants, since NumPy is slow at rows of 3.
+    pixels = min(8192, len(target) // 3)
+    block, mean, sd = 3 * pixels, np.tile(MEAN_BGR, pixels), np.tile(SD_BGR, pixels)
     if shift is not None:
-        planes = (planes + shift[:, None, None]).astype(np.float32)
-    planes -= MEAN_BGR[:, None, None]
-    planes /= SD_BGR[:, None, None]
-    return planes
+        shift, sums = np.tile(shift, pixels), np.empty(block)
+    for first in range(0, len(target), block):
+        part = target[first : first + block]
+        n = len(part)
+        np.divide(source[first : first + n], 255, out=part)
+        if shift is not None:
+            sums[:n] = part
+            sums[:n] += shift[:n]
+            part[:] = sums[:n]
+        part -= mean[:n]
+        part /= sd[:n]
 
 
 def lighting_shift(alpha: tuple[float, float, float]) -> np.ndarray:
@@ -141,14 +221,40 @@ def lighting_shift(alpha: tuple[float, float, float]) -> np.ndarray:
     return rgb[::-1]
 
 
-def _resize_shorter(image: np.ndarray, size: int) -> np.ndarray:
-    """Shorter side to `size`, longer side floored; an image already there is left as it is."""
-    height, width = image.shape[:2]
+def _cut_train(image: np.ndarray, draw: TrainDraw, size: int) -> np.ndarray:
+    """float32 [size, size, 3]: cropped, resized, flipped."""
+    if draw.box is None:
+        crop = _centre_crop(_resize_shorter(image.astype(np.float32), size), size)
+    else:
+        y, x, h, w = draw.box
+        crop = resize_bilinear(image[y : y + h, x : x + w].astype(np.float32), size, size)
+    return cv2.flip(crop, 1) if draw.flip else crop
+
+
+def _cut_test(image: np.ndarray, resize: int, size: int) -> np.ndarray:
+    assert resize >= size, f"a centre crop of {size} needs a shorter side of at least that, not {resize}"
+    return _centre_crop(_resize_shorter(image.astype(np.float32), resize), size)
+
+
+def _box(draw: TrainDraw, height: int, width: int, size: int) -> Box:
+    """The crop in pixels of the image, also where it is the centre of the scaled image; corners between pixels then."""
+    if draw.box is not None:
+        return draw.box
+    h, w = _scaled_shorter(height, width, size)
+    y, x = math.ceil((h - size) / 2), math.ceil((w - size) / 2)
+    return y * height / h, x * width / w, size * height / h, size * width / w
+
+
+def _scaled_shorter(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width with the shorter side at `size`, the longer floored; an image already there is left as it is."""
     if min(height, width) == size:
-        return image
-    if width < height:
-        return resize_bilinear(image, size, math.floor(height / width * size))
-    return resize_bilinear(image, math.floor(width / height * size), size)
+        return height, width
+    return (math.floor(height / width * size), size) if width < height else (size, math.floor(width / height * size))
+
+
+def _resize_shorter(image: np.ndarray, size: int) -> np.ndarray:
+    height, width = _scaled_shorter(*image.shape[:2], size)
+    return image if image.shape[:2] == (height, width) else resize_bilinear(image, width, height)
 
 
 def _centre_crop(image: np.ndarray, size: int) -> np.ndarray:

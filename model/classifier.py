@@ -18,6 +18,14 @@ class Classifier(DOLG):
         super().__init__(backbone, **descriptor)
         self.desc_cls = head
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images [B, 3, H, W] -> logits [B, classes]: with the head's margin given labels [B], else plain cosines."""
-        return self.desc_cls(super().forward(images), labels)
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+        """Images [B, 3, H, W] and labels [B] -> the head's loss [] and ranks [B]; see `CosineHead.loss`.
+
+        Without labels: scaled plain cosines [B, classes].
+        """
+        descriptors = self.descriptors(images)
+        return self.desc_cls(descriptors) if labels is None else self.desc_cls.loss(descriptors, labels)
+
+    def descriptors(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> descriptors [B, dim], as `DOLG` gives them."""
+        return super().forward(images)

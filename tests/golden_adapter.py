@@ -4,13 +4,13 @@
     DT=f64 python compare.py --candidate tests/golden_adapter.py --prec f64
 """
 
+import copy
 import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,7 +18,6 @@ from core import builders
 from core.config import load_cfg
 from core.optimizer import set_learning_rate
 from core.schedule import learning_rate
-from core.trainer import train_step
 from datasets import image, transforms
 from evaler.images import crop
 from evaler.multiscale import describe
@@ -85,19 +84,22 @@ def extract(built, image_path, bbox):
 
 
 def head(kind, W, x, y, s, m, t):
-    layer = build_head(HEADS[kind], W.shape[1], W.shape[0], scale=s, margin=m)
-    state = {"weight": torch.from_numpy(W)}
-    if kind == "curricular":
-        state["t"] = torch.tensor([t], dtype=torch.float64)
-    layer.to(DTYPE).load_state_dict(state)
+    def layer():
+        layer = build_head(HEADS[kind], W.shape[1], W.shape[0], scale=s, margin=m)
+        state = {"weight": torch.from_numpy(W)}
+        if kind == "curricular":
+            state["t"] = torch.tensor([t], dtype=torch.float64)
+        layer.to(DTYPE).load_state_dict(state)
+        return layer
+
     x = torch.from_numpy(x).to(DTYPE).requires_grad_()
     y = torch.from_numpy(y)
-    logits = layer(x, y)
-    loss = F.cross_entropy(logits, y)
+    trained = layer()
+    loss, _ = trained.loss(x, y)
     loss.backward()
-    result = {"logits": logits.detach(), "loss": loss.detach(), "gx": x.grad, "gW": layer.weight.grad}
+    result = {"logits": layer()(x, y).detach(), "loss": loss.detach(), "gx": x.grad, "gW": trained.weight.grad}
     if kind == "curricular":
-        result["t"] = layer.t
+        result["t"] = trained.t
     return {name: value.numpy() for name, value in result.items()}
 
 
@@ -105,11 +107,17 @@ def train(variant, weights, batches, lrs):
     cfg = _cfg(variant)
     network = _load(builders.build_classifier(cfg), weights).train()
     optimizer = builders.build_optimizer(cfg, network)
-    steps = []
+    step = builders.build_step(cfg, network, optimizer)
+    descriptors = []
+    network.fc.register_forward_hook(lambda _, __, output: descriptors.append(output.detach()))
+    losses, logits = [], []
     for (images, labels), rate in zip(batches, lrs, strict=True):
         set_learning_rate(optimizer, rate)
-        steps.append(train_step(network, optimizer, torch.from_numpy(images).to(DTYPE), torch.from_numpy(labels)))
-    losses, logits = zip(*steps, strict=True)
+        labels = torch.from_numpy(labels)
+        before = copy.deepcopy(network.desc_cls)  # the step renews t and the weights
+        loss, _ = step(torch.from_numpy(images).to(DTYPE), labels)
+        losses.append(loss)
+        logits.append(before(descriptors[-1], labels).detach())
     state = {key: value.numpy() for key, value in network.state_dict().items()}
     return {"loss": torch.stack(losses).numpy(), "logits": torch.stack(logits).numpy(), "state": state}
 

@@ -92,9 +92,10 @@ def import_problem(path: str, name: str, entries: set[str]) -> str | None:
     if home == "core" and target == "revisitop":
         return "core imports revisitop; hand the score in as a callable"
     if home == "core" and target in ("model", "datasets"):
-        weights = path == "core/checkpoint.py" and f"{name}.".startswith("model.weights.")
-        if path != "core/builders.py" and not weights:
-            return f"{target} is imported; in core only builders.py may (and checkpoint.py model.weights)"
+        weights = path in ("core/checkpoint.py", "core/resume.py") and f"{name}.".startswith("model.weights.")
+        # A benchmark times layers and loaders by themselves, without a configuration.
+        if path not in ("core/builders.py", "core/benchmark_training.py") and not weights:
+            return f"{target} is imported; in core only builders.py may (and the files of checkpoints model.weights)"
     return None
 
 

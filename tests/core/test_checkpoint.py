@@ -1,3 +1,7 @@
+"""Checkpoint files: whole or absent, verified, the newest of them, and what is kept."""
+
+import os
+import random
 import re
 import signal
 import subprocess
@@ -7,261 +11,274 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
+from core import checkpoint
 from core.builders import build_classifier, build_descriptor, load_initial_weights, load_tested_weights
-from core.checkpoint import check_saved_settings, checkpoint_path, newest_checkpoint, resume, save_checkpoint
+from core.checkpoint import (
+    BEST,
+    changed_settings,
+    check_saved_settings,
+    checkpoint_path,
+    checkpoints,
+    find_fault,
+    link_best,
+    newest_checkpoint,
+    prune,
+    remove_unfinished,
+    write_checkpoint,
+)
 from core.config import get_cfg, load_cfg
-from core.optimizer import build_sgd
-from model.weights import WeightsError
+from model.weights import WeightsError, read_checkpoint
 from tests.small_run import ROOT, child_environment
 
-
-def network(seed: int = 0, *, width: int = 4) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+CONTENT = {"epoch": 0, "model_state": {"weight": torch.arange(600.0).reshape(20, 30)}, "cfg": "A: 1\n"}
 
 
-def optimizer_of(model: nn.Module, **settings) -> torch.optim.SGD:
-    defaults = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "nesterov": True, "weight_decay": 0.01}
-    return build_sgd(model, **(defaults | settings))
+def written(out_dir: Path, *places: tuple[int, int]) -> list[Path]:
+    paths = [checkpoint_path(out_dir, *place) for place in places]
+    for path in paths:
+        write_checkpoint(CONTENT, path)
+    return paths
 
 
-def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, count: int = 3) -> list[float]:
-    torch.manual_seed(seed)
-    losses = []
-    for _ in range(count):
-        loss = model(torch.randn(8, 3)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ((0, 0), "model_epoch_0000.pyth"),
+        ((12345, 0), "model_epoch_12345.pyth"),
+        ((3, 20), "model_epoch_0003_iter_000020.pyth"),
+        ((3, 1234567), "model_epoch_0003_iter_1234567.pyth"),
+    ],
+)
+def test_names(place, name):
+    assert checkpoint_path("out", *place) == Path("out/checkpoints") / name
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    momenta = [optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
-    return [tensor.clone() for tensor in (*model.state_dict().values(), *momenta)]
-
-
-@pytest.fixture
-def cfg(tmp_path):
-    return load_cfg(None, ["OUT_DIR", str(tmp_path / "out"), "OPTIM.BASE_LR", "0.25"])
-
-
-@pytest.fixture
-def trained():
-    model = network()
-    optimizer = optimizer_of(model)
-    steps(model, optimizer, seed=1)
-    return model, optimizer
-
-
-def test_the_published_layout(cfg, trained, tmp_path):
-    model, optimizer = trained
-    path = save_checkpoint(cfg, model, optimizer, epochs_done=1)
-    assert path == tmp_path / "out" / "checkpoints" / "model_epoch_0001.pyth"
-    assert [p.name for p in path.parent.iterdir()] == ["model_epoch_0001.pyth"]
+def test_a_file_can_be_read_without_executing_anything_and_nothing_lies_beside_it(tmp_path):
+    (path,) = written(tmp_path, (1, 0))
+    assert os.listdir(path.parent) == [path.name]
     content = torch.load(path, weights_only=True)
-    assert list(content) == ["epoch", "model_state", "optimizer_state", "cfg"]
-    assert content["epoch"] == 0
-    assert list(content["model_state"]) == list(model.state_dict())
-    assert set(content["optimizer_state"]) == {"state", "param_groups"}
-    saved_cfg = tmp_path / "saved.yaml"
-    saved_cfg.write_text(content["cfg"])
-    assert load_cfg(saved_cfg) == cfg
+    assert torch.equal(content["model_state"]["weight"], CONTENT["model_state"]["weight"])
 
 
-@pytest.mark.parametrize(("done", "name"), [(0, "model_epoch_0000.pyth"), (12345, "model_epoch_12345.pyth")])
-def test_names_at_the_ends(done, name):
-    assert checkpoint_path("out", done) == Path("out/checkpoints") / name
-
-
-def test_resuming_restores_weights_statistics_and_momentum_exactly(cfg, trained):
-    model, optimizer = trained
-    path = save_checkpoint(cfg, model, optimizer, epochs_done=7)
-    expected = state_of(model, optimizer)
-    other = network(seed=5)
-    other_optimizer = optimizer_of(other)
-    assert resume(path, other, other_optimizer) == 7
-    for got, want in zip(state_of(other, other_optimizer), expected, strict=True):
-        assert torch.equal(got, want)
-    assert steps(other, other_optimizer, seed=9) == steps(model, optimizer, seed=9)
-    assert all(
-        torch.equal(a, b) for a, b in zip(state_of(other, other_optimizer), state_of(model, optimizer), strict=True)
-    )
-
-
-def test_the_configuration_of_now_decides_rates_and_decay(cfg, trained):
-    path = save_checkpoint(cfg, *trained, epochs_done=1)
-    model = network()
-    optimizer = optimizer_of(model, lr=0.5, weight_decay=0.0, momentum=0.8, nesterov=False)
-    resume(path, model, optimizer)
-    (group,) = optimizer.param_groups
-    assert (group["lr"], group["weight_decay"], group["momentum"], group["nesterov"]) == (0.5, 0.0, 0.8, False)
-
-
-def test_before_the_first_step_there_is_no_momentum(cfg):
-    model = network()
-    path = save_checkpoint(cfg, model, optimizer_of(model), epochs_done=0)
-    assert resume(path, network(3), optimizer_of(network(3))) == 0
-
-
-def test_the_newest_is_the_one_with_the_largest_number(tmp_path):
+def test_the_newest_is_the_one_that_has_come_farthest(tmp_path):
     folder = tmp_path / "checkpoints"
-    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path) == (None, [])
     folder.mkdir()
-    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path) == (None, [])
+    paths = written(tmp_path, (3, 0), (9999, 0), (9999, 5), (10000, 0), (9999, 12))
     for name in (
-        "model_epoch_9999.pyth",
-        "model_epoch_10000.pyth",
-        "model_epoch_0003.pyth",
         ".model_epoch_20000.pyth.abc.tmp",
         "model_epoch_20001.pyth.tmp",
         "model_epoch_20002.pyth~",
         "old_model_epoch_20003.pyth",
         "model_epoch_77.pyth",
         "model_epoch_.pyth",
-        "best.pyth",
+        "model_epoch_20004_iter_5.pyth",
+        BEST,
     ):
         (folder / name).touch()
-    assert newest_checkpoint(tmp_path) == folder / "model_epoch_10000.pyth"
+    assert checkpoints(tmp_path) == [paths[i] for i in (0, 1, 2, 4, 3)]
+    assert newest_checkpoint(tmp_path) == (paths[3], [])
 
 
-def damaged(path: Path, **changes) -> Path:
-    """The checkpoint with some entries replaced, or removed where the value is None."""
-    content = {**torch.load(path, weights_only=True), **changes}
-    torch.save({key: value for key, value in content.items() if value is not None}, path)
-    return path
+def test_a_broken_newest_is_named_and_the_one_before_it_taken(tmp_path):
+    paths = written(tmp_path, (1, 0), (2, 0), (2, 7))
+    paths[2].write_bytes(paths[2].read_bytes()[:-100])
+    data = bytearray(paths[1].read_bytes())
+    data[len(data) // 2] ^= 1
+    paths[1].write_bytes(data)
+    newest, notes = newest_checkpoint(tmp_path)
+    assert newest == paths[0]
+    assert re.fullmatch(rf"{paths[2]} is broken \(File is not a zip file\): the one before it is used", notes[0])
+    assert re.fullmatch(rf"{paths[1]} is broken \(wrong checksum of \S*data/\S+\): the one before it is used", notes[1])
+
+
+def test_if_all_are_broken_nothing_is_begun_anew(tmp_path):
+    for path in written(tmp_path, (1, 0), (2, 0)):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 2 checkpoints is whole: remove them to start anew"):
+        newest_checkpoint(tmp_path)
+
+
+def test_no_flipped_bit_changes_what_is_read_unnoticed(tmp_path):
+    (path,) = written(tmp_path, (1, 0))
+    data, chance = path.read_bytes(), random.Random(0)
+    assert find_fault(path) is None
+    noticed = 0
+    for _ in range(300):
+        position, bit = chance.randrange(len(data)), chance.randrange(8)
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+        if find_fault(path):
+            noticed += 1
+            continue
+        content = torch.load(path, weights_only=True)  # the bit lies in the padding between the parts
+        assert content["epoch"] == 0 and content["cfg"] == "A: 1\n"
+        assert torch.equal(content["model_state"]["weight"], CONTENT["model_state"]["weight"])
+    assert noticed > 150
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 2000, -22, -1])
+def test_no_file_cut_short_is_taken(tmp_path, length):
+    (path,) = written(tmp_path, (1, 0))
+    path.write_bytes(path.read_bytes()[:length])
+    assert find_fault(path)
+
+
+PLACES = [(1, 0), (1, 5), (2, 0), (2, 5), (2, 10), (2, 15), (3, 0)]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("keep", "count", "kept"),
     [
-        ({"optimizer_state": None}, "no checkpoint of a training run, it lacks optimizer_state$"),
-        ({"optimizer_state": None, "epoch": None}, "it lacks epoch, optimizer_state$"),
-        ({"epoch": "three"}, "it lacks epoch$"),
-        ({"model_state": {}}, "holds no model_state"),
-        ({"optimizer_state": {"state": {}}}, "its optimizer state does not fit this configuration"),
-        ({"optimizer_state": {"state": {}, "param_groups": []}}, "its optimizer state does not fit this configuration"),
+        (1, 7, [(3, 0)]),
+        (3, 7, [(2, 10), (2, 15), (3, 0)]),
+        (99, 7, PLACES),
+        (0, 7, [(1, 0), (2, 0), (2, 15), (3, 0)]),  # all that end an epoch, and the newest two
+        (0, 6, [(1, 0), (2, 0), (2, 10), (2, 15)]),
+        (0, 2, [(1, 0), (1, 5)]),
     ],
 )
-def test_what_is_no_checkpoint_of_a_run_is_refused(cfg, trained, changes, message):
-    path = damaged(save_checkpoint(cfg, *trained, epochs_done=1), **changes)
-    model = network()
-    with pytest.raises(ValueError, match=rf"^{path}: .*{message}") as raised:
-        resume(path, model, optimizer_of(model))
-    assert "\n" not in str(raised.value)
+def test_what_is_kept(tmp_path, keep, count, kept):
+    written(tmp_path, *PLACES[:count])
+    prune(tmp_path, keep)
+    assert checkpoints(tmp_path) == [checkpoint_path(tmp_path, *place) for place in kept]
 
 
-def test_a_bare_state_dict_is_refused(cfg, trained, tmp_path):
-    path = tmp_path / "bare.pyth"
-    torch.save(trained[0].state_dict(), path)
-    with pytest.raises(ValueError, match=f"^{path}: no checkpoint of a training run"):
-        resume(path, network(), optimizer_of(network()))
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_outlives_its_first_name(tmp_path, links, monkeypatch):
+    if not links:
+        monkeypatch.setattr(checkpoint.os, "link", lambda *paths: (_ for _ in ()).throw(PermissionError("no links")))
+    for place in ((1, 0), (2, 0)):
+        (path,) = written(tmp_path, place)
+        write_checkpoint({**CONTENT, "epoch": place[0]}, path)
+        link_best(path)
+    path.unlink()
+    best = path.with_name(BEST)
+    assert find_fault(best) is None and torch.load(best, weights_only=True)["epoch"] == 2
+    assert sorted(os.listdir(path.parent)) == [BEST, "model_epoch_0001.pyth"]
 
 
-def test_weights_of_another_shape_are_refused_and_nothing_is_changed(cfg, trained):
-    path = save_checkpoint(cfg, *trained, epochs_done=1)
-    model = network(2, width=5)
-    before = [tensor.clone() for tensor in model.state_dict().values()]
-    with pytest.raises(WeightsError, match=rf"^{path}: .*0\.weight \[4, 3\] \(here \[5, 3\]\)"):
-        resume(path, model, optimizer_of(model))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before, strict=True))
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    (path,) = written(tmp_path, (1, 0))
+    left = [path.with_name(".model_epoch_0002.pyth.x8_3.tmp"), path.with_name(f".{BEST}.tmp")]
+    others = [path, path.with_name("notes.tmp")]
+    for file in (*left, others[1]):
+        file.touch()
+    remove_unfinished(tmp_path)
+    assert sorted(path.parent.iterdir()) == sorted(others)
 
 
-def test_parameters_in_another_order_are_refused(cfg):
-    """The optimiser numbers its parameters; with another order, momenta of equal shape would be exchanged silently."""
+# ------------------------------------------------------------------------------------ killed in the middle of a save
 
-    class Pair(nn.Module):
-        def __init__(self, names: list[str]):
-            super().__init__()
-            for name in names:
-                setattr(self, name, nn.Linear(2, 2))
+SAVE = """
+import os, signal, sys, torch
+from core import environment
+from core.checkpoint import checkpoint_path, write_checkpoint
 
-    ab, ba = Pair(["a", "b"]), Pair(["b", "a"])
-    path = save_checkpoint(cfg, ab, optimizer_of(ab), epochs_done=1)
-    with pytest.raises(ValueError, match="its parameters stand in another order"):
-        resume(path, ba, optimizer_of(ba))
+out_dir, first, last, kill_at = sys.argv[1], *map(int, sys.argv[2:])
+torch.manual_seed(first)
+content = {"epoch": 0, "model_state": {f"w{i}": torch.full((50, 50), float(first)) for i in range(16)}}
+points = 0
 
+def passing(function):  # count the system calls of a save, and die before one of them
+    def call(*args, **kwargs):
+        global points
+        points += 1
+        if points == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return call
 
-def test_momentum_of_other_groups_is_refused(cfg, trained):
-    path = save_checkpoint(cfg, *trained, epochs_done=1)
-    model = network()
-    with pytest.raises(ValueError, match="its optimizer state does not fit this configuration"):
-        resume(path, model, optimizer_of(model, bn_weight_decay=0.0))
+real_fdopen = os.fdopen
+def fdopen(*args, **kwargs):
+    file = real_fdopen(*args, **kwargs)
+    class Counted:
+        write, flush = staticmethod(passing(file.write)), staticmethod(passing(file.flush))
+        fileno = staticmethod(file.fileno)
+        def __getattr__(self, name): return getattr(file, name)
+        def __enter__(self): return self
+        def __exit__(self, *error): file.close()
+    return Counted()
 
-
-def test_a_file_cut_short_is_refused(cfg, trained):
-    path = save_checkpoint(cfg, *trained, epochs_done=1)
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(WeightsError, match=rf"^{path}: not a readable weight file"):
-        resume(path, network(), optimizer_of(network()))
-
-
-SAVE_FOR_EVER = """
-import sys, torch
-from core import checkpoint
-from core.config import get_cfg, load_cfg
-from core.optimizer import build_sgd
-
-model = torch.nn.Linear(2000, 2000)
-settings = dict(lr=0.1, momentum=0.9, dampening=0.0, nesterov=True, weight_decay=0.0)
-cfg, optimizer = load_cfg(None, ["OUT_DIR", sys.argv[1]]), build_sgd(model, **settings)
-checkpoint.save_checkpoint(cfg, model, optimizer, epochs_done=1)
-print("saved", flush=True)
-real = torch.save
-def slowly(content, file):  # the file is there, half of the content is written
-    real(content, file)
-    file.flush()
-    file.truncate(file.tell() // 2)
-    print("half", flush=True)
-    import time; time.sleep(120)
-checkpoint.torch.save = slowly
-checkpoint.save_checkpoint(cfg, model, optimizer, epochs_done=2)
+environment.os.fdopen = fdopen
+for name in ("fsync", "chmod", "replace"):
+    setattr(environment.os, name, passing(getattr(os, name)))
+for number in range(first, last + 1):
+    for value in content["model_state"].values():
+        value.fill_(number)
+    write_checkpoint({**content, "epoch": number}, checkpoint_path(out_dir, number))
+print(points)
 """
 
 
-def test_a_process_killed_in_the_middle_of_a_save_leaves_the_checkpoint_before(tmp_path):
-    command = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, env=child_environment(), stdout=subprocess.PIPE, text=True) as process:
-        assert [process.stdout.readline() for _ in range(2)] == ["saved\n", "half\n"]
-        process.send_signal(signal.SIGKILL)
-    first = tmp_path / "checkpoints" / "model_epoch_0001.pyth"
-    (half,) = set(first.parent.iterdir()) - {first}
-    assert half.name.endswith(".tmp") and 0 < half.stat().st_size < first.stat().st_size
-    assert newest_checkpoint(tmp_path) == first
-    model = nn.Linear(2000, 2000)
-    assert resume(first, model, optimizer_of(model)) == 1
+def saving(out_dir: Path, first: int, last: int, kill_at: int) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", SAVE, *map(str, (out_dir, first, last, kill_at))]
+    return subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=60)
 
 
-SAVE_AGAIN_AND_AGAIN = """
+def is_whole(path: Path, number: int) -> bool:
+    content = read_checkpoint(path)
+    return content["epoch"] == number and all(value.eq(number).all() for value in content["model_state"].values())
+
+
+def assert_nothing_lost(out_dir: Path) -> None:
+    """Checkpoint 1 was finished; 2 may or may not have been."""
+    newest, notes = newest_checkpoint(out_dir)
+    assert notes == [] and newest in (checkpoint_path(out_dir, 1), checkpoint_path(out_dir, 2))
+    assert is_whole(newest, int(newest.stem[-4:])) and is_whole(checkpoint_path(out_dir, 1), 1)
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    """How many calls one save makes."""
+    return int(saving(tmp_path_factory.mktemp("count"), 1, 1, 0).stdout)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.4, 0.9, 1.0])
+def test_a_process_killed_in_the_middle_of_a_save_leaves_the_checkpoint_before(tmp_path, points, part):
+    ended = saving(tmp_path, 1, 2, points + 1 + int(part * (points - 1)))
+    assert ended.returncode == -signal.SIGKILL, ended
+    assert_nothing_lost(tmp_path)
+
+
+@pytest.mark.soak
+def test_killed_at_every_call_of_a_save(tmp_path, points):
+    """100 and more different points: every write, flush, fsync, chmod and rename of a save."""
+    assert points >= 100
+    lost = 0
+    for point in range(points):
+        out_dir = tmp_path / str(point)
+        assert saving(out_dir, 1, 2, points + 1 + point).returncode == -signal.SIGKILL
+        assert_nothing_lost(out_dir)
+    print(f"\nkilled at {points} points of a save: {lost} checkpoints lost")
+
+
+SAVE_FOR_EVER = """
 import itertools, sys, torch
-from core.checkpoint import save_checkpoint
-from core.config import get_cfg, load_cfg
-from core.optimizer import build_sgd
+from core.checkpoint import checkpoint_path, write_checkpoint
 
-model = torch.nn.Linear(1000, 1000)
-settings = dict(lr=0.1, momentum=0.9, dampening=0.0, nesterov=True, weight_decay=0.0)
-cfg, optimizer = load_cfg(None, ["OUT_DIR", sys.argv[1]]), build_sgd(model, **settings)
 print("ready", flush=True)
-for n in itertools.count(1):
-    torch.nn.init.constant_(model.weight, n)
-    save_checkpoint(cfg, model, optimizer, epochs_done=1 + n % 2)
+for number in itertools.count(1):
+    content = {"epoch": number, "model_state": {"weight": torch.full((1000, 1000), float(number))}}
+    write_checkpoint(content, checkpoint_path(sys.argv[1], 1 + number % 2))
 """
 
 
 def test_whenever_a_process_is_killed_every_checkpoint_there_is_whole(tmp_path):
-    command = [sys.executable, "-c", SAVE_AGAIN_AND_AGAIN, str(tmp_path)]
+    command = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, env=child_environment(), stdout=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
-        while newest_checkpoint(tmp_path) is None:
+        while not checkpoints(tmp_path):
             time.sleep(0.01)
         time.sleep(0.53)
         process.send_signal(signal.SIGKILL)
-    for path in (tmp_path / "checkpoints").glob("*.pyth"):
-        weight = torch.load(path, weights_only=True)["model_state"]["weight"]
-        assert weight.eq(weight[0, 0]).all() and weight[0, 0] >= 1
+    for path in checkpoints(tmp_path):
+        content = read_checkpoint(path)
+        assert find_fault(path) is None and content["model_state"]["weight"].eq(content["epoch"]).all()
+
+
+# --------------------------------------------------------------------------------------------- saved configurations
 
 
 @pytest.mark.parametrize(
@@ -290,6 +307,14 @@ def test_a_saved_configuration_that_agrees_or_says_nothing_is_no_hindrance(saved
     assert check_saved_settings(saved, get_cfg(), Path("w.pyth")) is None
 
 
+def test_changed_settings_are_listed_by_key():
+    old = load_cfg(None, ["OPTIM.BASE_LR", "0.2", "TEST.SPLIT", "a.txt", "MODEL.HEADS.SCALE", "30"])
+    new = load_cfg(None, ["OPTIM.BASE_LR", "0.3", "MODEL.HEADS.SCALE", "30"])
+    expected = [("OPTIM.BASE_LR", 0.2, 0.3), ("TEST.SPLIT", "a.txt", "val_list.txt")]
+    assert changed_settings(old.dump(), new) == expected
+    assert changed_settings(new.dump(), new) == changed_settings("{OPTIM: {}}", new) == []
+
+
 def test_every_load_of_weights_holds_the_saved_configuration_against_ours_after_the_architecture(tmp_path):
     path = tmp_path / "r18.pyth"
     small = ["MODEL.DEPTH", "18", "RESNET.TRANS_FUN", "basic_transform", "MODEL.S3_DIM", "256", "MODEL.S4_DIM", "512"]
@@ -306,3 +331,15 @@ def test_every_load_of_weights_holds_the_saved_configuration_against_ours_after_
         deeper = load_cfg(None, ["MODEL.NUM_CLASSES", "3", *weights])
         with pytest.raises(WeightsError, match="weights of another architecture: MODEL.DEPTH 18"):
             load(deeper, build(deeper))
+
+
+def test_extraction_takes_the_moving_average_where_a_file_holds_one(tmp_path):
+    small = ["MODEL.DEPTH", "18", "RESNET.TRANS_FUN", "basic_transform", "MODEL.S3_DIM", "256", "MODEL.S4_DIM", "512"]
+    path = tmp_path / "averaged.pyth"
+    cfg = load_cfg(None, [*small, "MODEL.HEADS.IN_FEAT", "512", "MODEL.NUM_CLASSES", "3", "TEST.WEIGHTS", str(path)])
+    last, average = build_classifier(cfg).state_dict(), build_classifier(cfg).state_dict()
+    torch.save({"model_state": last, "ema_state": average}, path)
+    network = build_descriptor(cfg)
+    _, notes = load_tested_weights(cfg, network)
+    assert torch.equal(network.fc.weight, average["fc.weight"])
+    assert f"{path}: the moving average of the weights is used" in notes

@@ -4,7 +4,7 @@ from torch import nn
 
 from core.builders import build_optimizer
 from core.config import load_cfg
-from core.optimizer import build_sgd, set_learning_rate
+from core.optimizer import build_adamw, build_sgd, parameter_groups, set_learning_rate
 
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "nesterov": True, "weight_decay": 0.01}
 
@@ -16,9 +16,13 @@ def network() -> nn.Sequential:
     return layers.requires_grad_(True).double()
 
 
+def sgd(model: nn.Module, *, bn_weight_decay: float | None = None, **settings) -> torch.optim.SGD:
+    return build_sgd(parameter_groups(model, bn_weight_decay=bn_weight_decay), **settings)
+
+
 def test_one_group_decays_every_parameter():
     model = network()
-    (group,) = build_sgd(model, **SETTINGS).param_groups
+    (group,) = sgd(model, **SETTINGS).param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
     expected = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "nesterov": True, "weight_decay": 0.01}
     assert {key: group[key] for key in expected} == expected
@@ -26,7 +30,7 @@ def test_one_group_decays_every_parameter():
 
 def test_batch_norm_may_have_a_decay_of_its_own():
     model = network()
-    of_bn, others = build_sgd(model, bn_weight_decay=0.5, **SETTINGS).param_groups
+    of_bn, others = sgd(model, bn_weight_decay=0.5, **SETTINGS).param_groups
     assert {id(p) for p in of_bn["params"]} == {id(model[1].weight), id(model[1].bias)}
     assert (of_bn["weight_decay"], others["weight_decay"]) == (0.5, 0.01)
     both = [id(p) for group in (of_bn, others) for p in group["params"]]
@@ -35,7 +39,7 @@ def test_batch_norm_may_have_a_decay_of_its_own():
 
 
 def test_a_decay_of_zero_for_batch_norm_is_a_decay_of_its_own():
-    groups = build_sgd(network(), bn_weight_decay=0.0, **SETTINGS).param_groups
+    groups = sgd(network(), bn_weight_decay=0.0, **SETTINGS).param_groups
     assert [group["weight_decay"] for group in groups] == [0.0, 0.01]
 
 
@@ -44,7 +48,7 @@ def test_what_is_not_trained_is_left_out(bn_weight_decay):
     model = network()
     model[2].requires_grad_(False)
     model[1].bias.requires_grad_(False)
-    groups = build_sgd(model, bn_weight_decay=bn_weight_decay, **SETTINGS).param_groups
+    groups = sgd(model, bn_weight_decay=bn_weight_decay, **SETTINGS).param_groups
     held = {id(model[2].weight), id(model[2].bias), id(model[1].bias)}
     assert held.isdisjoint(id(p) for group in groups for p in group["params"])
     assert sum(len(group["params"]) for group in groups) == 5
@@ -54,7 +58,7 @@ def test_what_is_not_trained_is_left_out(bn_weight_decay):
 def test_three_steps_against_the_formula_written_out(dampening, nesterov):
     model = network()
     settings = SETTINGS | {"dampening": dampening, "nesterov": nesterov}
-    optimizer = build_sgd(model, bn_weight_decay=0.2, **settings)
+    optimizer = sgd(model, bn_weight_decay=0.2, **settings)
     decay = {id(p): 0.2 if id(p) in {id(q) for q in model[1].parameters()} else 0.01 for p in model.parameters()}
     expected = [p.detach().clone() for p in model.parameters()]
     momentum = [None] * len(expected)
@@ -73,13 +77,61 @@ def test_three_steps_against_the_formula_written_out(dampening, nesterov):
         torch.testing.assert_close(p.detach(), value, rtol=1e-12, atol=1e-14)
 
 
+def test_the_head_may_have_a_rate_of_its_own():
+    model = network()
+    groups = parameter_groups(model, bn_weight_decay=0.0, head=model[4], head_lr_mult=10.0)
+    optimizer = build_sgd(groups, **SETTINGS)
+    set_learning_rate(optimizer, 0.3)
+    assert [(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (2, 0.3, 0.0),
+        (2, 3.0, 0.01),
+        (4, 0.3, 0.01),
+    ]
+    assert {id(p) for p in optimizer.param_groups[1]["params"]} == {id(p) for p in model[4].parameters()}
+
+
+def test_two_adamw_steps_against_the_formula_written_out():
+    """Loshchilov and Hutter, Decoupled Weight Decay Regularization, ICLR 2019, algorithm 2."""
+    model = network()
+    optimizer = build_adamw(parameter_groups(model), lr=0.1, betas=[0.8, 0.9], weight_decay=0.05)
+    expected = [p.detach().clone() for p in model.parameters()]
+    first, second = [[torch.zeros_like(p) for p in expected] for _ in range(2)]
+    for step in (1, 2):
+        torch.manual_seed(step)
+        loss = model(torch.randn(4, 3, 1, 1, dtype=torch.float64)).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        for i, p in enumerate(model.parameters()):
+            first[i] = 0.8 * first[i] + 0.2 * p.grad
+            second[i] = 0.9 * second[i] + 0.1 * p.grad.square()
+            move = first[i] / (1 - 0.8**step) / ((second[i] / (1 - 0.9**step)).sqrt() + 1e-8)
+            expected[i] = expected[i] - 0.1 * 0.05 * expected[i] - 0.1 * move
+        optimizer.step()
+    for p, value in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), value, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("overrides", "decays"),
     [("", [5e-4]), ("BN.USE_CUSTOM_WEIGHT_DECAY True BN.CUSTOM_WEIGHT_DECAY 0.25", [0.25, 5e-4])],
 )
 def test_the_configuration_reaches_the_optimizer(overrides, decays):
     settings = "OPTIM.BASE_LR 0.02 OPTIM.MOMENTUM 0.5 OPTIM.NESTEROV False OPTIM.DAMPENING 0.1"
-    groups = build_optimizer(load_cfg(None, f"{settings} {overrides}".split()), network()).param_groups
+    model = network()
+    model.desc_cls = model[4]
+    groups = build_optimizer(load_cfg(None, f"{settings} {overrides}".split()), model).param_groups
     assert [group["weight_decay"] for group in groups] == decays
     for group in groups:
         assert (group["lr"], group["momentum"], group["dampening"], group["nesterov"]) == (0.02, 0.5, 0.1, False)
+
+
+def test_the_configuration_reaches_adamw():
+    model = network()
+    model.desc_cls = model[4]
+    settings = "OPTIM.OPTIMIZER adamw OPTIM.BETAS 0.7,0.8 OPTIM.BASE_LR 0.02 OPTIM.HEAD_LR_MULT 5"
+    optimizer = build_optimizer(load_cfg(None, settings.split()), model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [(group["betas"], group.get("lr_mult")) for group in optimizer.param_groups] == [
+        ((0.7, 0.8), 5.0),
+        ((0.7, 0.8), None),
+    ]

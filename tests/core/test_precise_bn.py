@@ -1,10 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from core.precise_bn import update_precise_bn
-
-CPU = torch.device("cpu")
 
 
 class Loader:
@@ -20,7 +20,7 @@ class Loader:
     def __iter__(self):
         for batch in self.batches:
             self.drawn += 1
-            yield batch, torch.zeros(len(batch)), torch.zeros(len(batch))
+            yield SimpleNamespace(images=batch, labels=torch.zeros(len(batch)))
 
 
 class WithHead(nn.Module):
@@ -68,7 +68,7 @@ def test_the_statistics_are_those_of_the_batches_averaged(loader, batches):
     model = WithHead().double()
     model.first.running_mean.fill_(100.0)  # what was there before does not count
     model.first.running_var.fill_(7.0)
-    update_precise_bn(model, loader, CPU, batches=batches)
+    update_precise_bn(model, loader, batches=batches)
     got = [s for bn in (model.first, model.second) for s in (bn.running_mean, bn.running_var)]
     for value, expected in zip(got, literal_statistics(model, loader.batches[:batches]), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
@@ -76,7 +76,7 @@ def test_the_statistics_are_those_of_the_batches_averaged(loader, batches):
 
 @pytest.mark.parametrize(("asked", "drawn"), [(0, 1), (1, 1), (2, 2), (99, 3)])
 def test_at_least_one_batch_and_at_most_an_epoch(loader, asked, drawn):
-    update_precise_bn(WithHead().double(), loader, CPU, batches=asked)
+    update_precise_bn(WithHead().double(), loader, batches=asked)
     assert loader.drawn == drawn
 
 
@@ -84,8 +84,7 @@ def test_at_least_one_batch_and_at_most_an_epoch(loader, asked, drawn):
 def test_everything_else_is_left_as_it_was(loader, training):
     model = WithHead().double().train(training)
     before = {key: value.clone() for key, value in model.state_dict().items() if "running" not in key}
-    del before["first.num_batches_tracked"], before["second.num_batches_tracked"]
-    update_precise_bn(model, loader, CPU, batches=3)
+    update_precise_bn(model, loader, batches=3)
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert model.seen == 0
@@ -95,5 +94,29 @@ def test_everything_else_is_left_as_it_was(loader, training):
 
 
 def test_a_model_without_batch_norm_draws_nothing(loader):
-    update_precise_bn(nn.Conv2d(3, 3, 1), loader, CPU, batches=3)
+    update_precise_bn(nn.Conv2d(3, 3, 1), loader, batches=3)
     assert loader.drawn == 0
+
+
+def test_an_interrupted_pass_leaves_the_statistics_of_before(loader):
+    model = WithHead().double()
+    model.first.running_mean.fill_(100.0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    calls = []
+
+    def poll():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        update_precise_bn(model, loader, batches=3, poll=poll)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert (model.first.momentum, model.training) == (0.1, True)
+
+
+def test_layers_may_be_left_alone(loader):
+    model = WithHead().double()
+    update_precise_bn(model, loader, batches=3, leave=[model.first])
+    assert model.first.running_mean.eq(0).all() and model.first.running_var.eq(1).all()
+    assert not model.second.running_mean.eq(0).any()

@@ -1,3 +1,4 @@
+import re
 import signal
 import subprocess
 import sys
@@ -6,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from core import trainer
-from core.checkpoint import checkpoint_path, newest_checkpoint
+from core.checkpoint import checkpoint_path, checkpoints
 from core.config import load_cfg
+from core.evaluation import Evaluation
 from core.logging import read_stats, setup_logging
-from core.trainer import Run, train, train_step
+from core.step import TrainStep
+from core.trainer import Run, train
 from datasets.image import ImageError
+from datasets.loader import TrainBatches
 from tests.small_run import (
     ROOT,
     SMALL_MODEL,
@@ -48,6 +50,11 @@ def configured(data_dir, tmp_path):
         return load_cfg(None, overrides(*groups))
 
     return configured
+
+
+def newest(out_dir: str | Path) -> Path | None:
+    """The newest checkpoint, by its name."""
+    return (checkpoints(out_dir) or [None])[-1]
 
 
 def states(path: Path) -> list[torch.Tensor]:
@@ -86,17 +93,18 @@ def test_a_run_from_start_to_end(configured, capsys):
     folder = Path(cfg.OUT_DIR)
     assert sorted(path.name for path in folder.rglob("*.*")) == [
         "config.yaml",
+        "model_best.pyth",
         "model_epoch_0002.pyth",
         "model_epoch_0003.pyth",
     ]
     assert load_cfg(folder / "config.yaml") == cfg
-    content = torch.load(newest_checkpoint(folder), weights_only=True)
+    content = torch.load(newest(folder), weights_only=True)
     assert content["epoch"] == 2 and all(not key.startswith("module.") for key in content["model_state"])
-    assert torch.equal(content["model_state"]["desc_cls.weight"], states(newest_checkpoint(folder))[-1]) is False
+    assert torch.equal(content["model_state"]["desc_cls.weight"], states(newest(folder))[-1]) is False
 
     train(cfg)  # once more: there is nothing left to do
     out, _ = capsys.readouterr()
-    assert f"resuming from {newest_checkpoint(folder)}: 3 of 3 epochs done" in out
+    assert f"resuming from {newest(folder)}: 3 of 3 epochs done" in out
     assert "nothing to train" in out and read_stats(out.splitlines()) == []
 
 
@@ -107,15 +115,14 @@ def test_the_log_can_go_to_a_file(configured, capsys):
     assert capsys.readouterr().out == ""
     lines = (Path(cfg.OUT_DIR) / "stdout.log").read_text().splitlines()
     assert [record["_type"] for record in read_stats(lines)] == ["train_iter", "train_iter", "train_epoch"]
-    assert any(
-        "10 images of 3 classes to train, no validation; 2 iterations of 4 images an epoch" in line for line in lines
-    )
+    said = "10 images of 3 classes to train, no validation; 2 iterations of 4 images an epoch (4 a process)"
+    assert any(said in line for line in lines)
 
 
 def test_zero_epochs_save_the_untrained_network(configured, capsys):
     cfg = configured(**GLOBAL_ONLY, **{"OPTIM.MAX_EPOCH": 0})
     train(cfg)
-    assert newest_checkpoint(cfg.OUT_DIR) == checkpoint_path(cfg.OUT_DIR, 0)
+    assert newest(cfg.OUT_DIR) == checkpoint_path(cfg.OUT_DIR, 0)
     state = torch.load(checkpoint_path(cfg.OUT_DIR, 0), weights_only=True)["model_state"]
     torch.manual_seed(cfg.RNG_SEED)
     fresh = trainer.builders.build_classifier(cfg).state_dict()
@@ -130,7 +137,7 @@ def test_the_seed_decides_the_run(configured, tmp_path):
         torch.manual_seed(number)  # whatever happened before
         cfg = configured(**more, OUT_DIR=tmp_path / str(number), RNG_SEED=seed)
         train(cfg)
-        paths.append(newest_checkpoint(cfg.OUT_DIR))
+        paths.append(newest(cfg.OUT_DIR))
     first, same, other = map(states, paths)
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True) if a.numel() > 1000)
@@ -140,18 +147,18 @@ def test_without_auto_resume_an_out_dir_with_checkpoints_is_refused(configured, 
     more = GLOBAL_ONLY | {"OPTIM.MAX_EPOCH": 0, "TRAIN.AUTO_RESUME": False}
     cfg = configured(**more)
     train(cfg)  # the folder is new: nothing to refuse
-    before = newest_checkpoint(cfg.OUT_DIR).read_bytes()
+    before = newest(cfg.OUT_DIR).read_bytes()
     with pytest.raises(
         ValueError, match=r"out holds checkpoints: set TRAIN\.AUTO_RESUME True to go on, or another OUT_DIR"
     ):
         train(cfg)
-    assert newest_checkpoint(cfg.OUT_DIR).read_bytes() == before
+    assert newest(cfg.OUT_DIR).read_bytes() == before
 
 
 def test_initial_weights_are_loaded_and_what_they_lack_is_listed(configured, tmp_path, capsys):
     source = configured(**GLOBAL_ONLY, **{"OPTIM.MAX_EPOCH": 0, "OUT_DIR": tmp_path / "source", "MODEL.NUM_CLASSES": 4})
     train(source)
-    weights = newest_checkpoint(source.OUT_DIR)
+    weights = newest(source.OUT_DIR)
     capsys.readouterr()
     cfg = configured(**GLOBAL_ONLY, **{"OPTIM.MAX_EPOCH": 0, "TRAIN.WEIGHTS": weights, "RNG_SEED": 5})
     train(cfg)
@@ -159,7 +166,7 @@ def test_initial_weights_are_loaded_and_what_they_lack_is_listed(configured, tmp
     lacking, aside = (line for line in out.splitlines() if f"{weights}: " in line)
     assert "left at their initial values: desc_cls.weight" in lacking
     assert "left aside: desc_cls.weight" in aside and "4 classes" in aside
-    old, new = (torch.load(newest_checkpoint(c.OUT_DIR), weights_only=True)["model_state"] for c in (source, cfg))
+    old, new = (torch.load(newest(c.OUT_DIR), weights_only=True)["model_state"] for c in (source, cfg))
     assert all(torch.equal(new[key], value) for key, value in old.items() if key != "desc_cls.weight")
 
 
@@ -172,9 +179,12 @@ def test_resuming_does_not_load_the_initial_weights_again(configured, tmp_path, 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_saves_nothing(configured):
     cfg = configured(**GLOBAL_ONLY, **{"OPTIM.BASE_LR": 1e30, "OPTIM.MAX_EPOCH": 2})
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at epoch 1, iteration 2: lower OPTIM\.BASE_LR"):
+    with pytest.raises(FloatingPointError, match=r"^the loss of process 0 is not finite at epoch 1, iteration 2") as e:
         train(cfg)
-    assert newest_checkpoint(cfg.OUT_DIR) is None
+    batches = TrainBatches(10, batch_size=4, seed=cfg.RNG_SEED)
+    second = list(batches)[1]
+    assert re.findall(r"train/(\d+)\.jpg", str(e.value)) == [f"{index:02d}" for _, index in second]
+    assert newest(cfg.OUT_DIR) is None
 
 
 def test_weights_ruined_by_the_last_step_are_not_saved(configured):
@@ -183,7 +193,7 @@ def test_weights_ruined_by_the_last_step_are_not_saved(configured):
     cfg = configured(**GLOBAL_ONLY, **one_step)
     with pytest.raises(FloatingPointError, match=r" is not finite after epoch 1: lower OPTIM\.BASE_LR"):
         train(cfg)
-    assert newest_checkpoint(cfg.OUT_DIR) is None
+    assert newest(cfg.OUT_DIR) is None
 
 
 def test_a_validation_that_overflows_is_logged_and_ends_nothing(configured, capsys):
@@ -191,7 +201,7 @@ def test_a_validation_that_overflows_is_logged_and_ends_nothing(configured, caps
     run = Run(configured(**GLOBAL_ONLY), torch.device("cpu"))
     run.model.fc.weight.data.fill_(torch.inf)
     setup_logging(None)
-    run.validate()
+    run.evaluate.validate(run.evaluated.eval(), run.faults)
     (record,) = read_stats(capsys.readouterr().out.splitlines())
     assert record["loss"] is None and record["images"] == 5
 
@@ -205,46 +215,21 @@ def test_a_truncated_image_names_file_list_and_line(configured, tmp_path, worker
         train(configured(**GLOBAL_ONLY, **more))
 
 
-class Constant(nn.Module):
-    """Logits that are a parameter: the step can be written out by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.logits = nn.Parameter(torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], dtype=torch.float64))
-
-    def forward(self, images, labels):
-        return self.logits + 0.0
-
-
-def test_one_step_by_hand():
-    model, labels = Constant(), torch.tensor([0, 2])
-    before = model.logits.detach().clone()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    model.logits.grad = torch.full_like(before, 7.0)  # of an earlier step: it must not count
-    loss, logits = train_step(model, optimizer, torch.zeros(2), labels)
-    probabilities = before.exp() / before.exp().sum(dim=1, keepdim=True)
-    expected = -torch.stack([probabilities[0, 0].log(), probabilities[1, 2].log()]).mean()
-    torch.testing.assert_close(loss, expected)
-    assert torch.equal(logits, before) and not loss.requires_grad and not logits.requires_grad
-    gradient = (probabilities - F.one_hot(labels, 3)) / 2
-    torch.testing.assert_close(model.logits.detach(), before - 0.5 * gradient)
-
-
 def test_every_epoch_has_its_own_order_and_augmentation(configured, monkeypatch):
     cfg = configured(**GLOBAL_ONLY, **{"OPTIM.MAX_EPOCH": 3, "TEST.SPLIT": "", "TRAIN.CHECKPOINT_PERIOD": 3})
     seen = []
 
-    def record(network, optimizer, images, labels):
+    def record(self, images, labels, **place):
         seen.append(images.contiguous())
-        return torch.tensor(1.0), torch.zeros(len(labels), 3)
+        return torch.tensor(1.0), torch.zeros(len(labels), dtype=torch.long)
 
-    monkeypatch.setattr(trainer, "train_step", record)
+    monkeypatch.setattr(TrainStep, "__call__", record)
     train(cfg)
     expected = []
     loader = trainer.builders.build_train_loader(cfg)
     for epoch in range(3):
         loader.batch_sampler.set_epoch(epoch)
-        expected += [images for images, *_ in loader]
+        expected += [batch.images.contiguous() for batch in loader]
     assert len(seen) == 6 and all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
     assert len({images.sum().item() for images in seen}) == 6
 
@@ -255,14 +240,14 @@ def test_validation_uses_plain_cosines_over_each_image_once(configured, capsys):
     torch.manual_seed(3)
     run = Run(cfg, torch.device("cpu"))
     setup_logging(None)
-    run.validate()
+    assert run.evaluate(run.evaluated, run.faults)
     (record,) = read_stats(capsys.readouterr().out.splitlines())
-    model, dataset = run.model.eval(), run.test_loader.dataset
+    model, dataset = run.model.eval(), run.evaluate.loader.dataset
     losses, wrong = [], 0
     with torch.no_grad():
         for index in range(len(dataset)):
-            image, label, _ = dataset[index]
-            descriptor = super(type(model), model).forward(image[None])[0]
+            sample = dataset[index]
+            label, descriptor = int(sample.labels), model.descriptors(sample.images.permute(0, 3, 1, 2))[0]
             weights = model.desc_cls.weight
             cosines = weights @ descriptor / weights.norm(dim=1) / descriptor.norm()
             losses.append(torch.logsumexp(30 * cosines, 0) - 30 * cosines[label])
@@ -272,28 +257,31 @@ def test_validation_uses_plain_cosines_over_each_image_once(configured, capsys):
     assert record["top1_err"] == pytest.approx(100 * wrong / 5) and record["top5_err"] == 0
 
 
-@pytest.mark.parametrize("split", ["val_list.txt", ""])
-def test_precise_statistics_are_what_is_saved(configured, split, monkeypatch):
+def test_precise_statistics_are_what_is_evaluated_and_saved(configured, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        trainer, "update_precise_bn", lambda model, loader, device, *, batches: calls.append((model.training, batches))
-    )
+
+    def precise(model, loader, *, batches, **more):
+        calls.append((model.training, batches, len(loader)))
+
+    def train_epoch(self):
+        self.position.iteration = self.iterations
+        self.train_loader.batch_sampler.set_epoch(0, start=1)  # as after going on inside an epoch
+
+    monkeypatch.setattr(trainer, "update_precise_bn", precise)
     periods = {"TRAIN.EVAL_PERIOD": 2, "TRAIN.CHECKPOINT_PERIOD": 3, "OPTIM.MAX_EPOCH": 5}
-    precise = {"BN.USE_PRECISE_STATS": True, "BN.NUM_SAMPLES_PRECISE": 9, "TEST.SPLIT": split}
-    cfg = configured(**GLOBAL_ONLY, **periods, **precise)
-    monkeypatch.setattr(Run, "train_epoch", lambda self, network: None)
-    monkeypatch.setattr(Run, "validate", lambda self: calls.append(("validate", self.epochs_done)))
-    monkeypatch.setattr(Run, "save", lambda self: calls.append(("save", self.epochs_done)))
+    settings = {"BN.USE_PRECISE_STATS": True, "BN.NUM_SAMPLES_PRECISE": 9, "TEST.SPLIT": ""}
+    cfg = configured(**GLOBAL_ONLY, **periods, **settings)
+    monkeypatch.setattr(Run, "train_epoch", train_epoch)
+    monkeypatch.setattr(
+        Evaluation, "__call__", lambda self, *_: calls.append(("evaluate", self.position.epochs_done + 1))
+    )
+    monkeypatch.setattr(Run, "save", lambda self, best: calls.append(("save", self.position.epochs_done)))
     train(cfg)
-    precise = (True, 9 // 4)
-    expected = {
-        "": [precise, ("save", 3), precise, ("save", 5)],
-        "val_list.txt": [
-            *(precise, ("validate", 2), precise, ("save", 3)),
-            *(precise, ("validate", 4), precise, ("validate", 5), ("save", 5)),
-        ],
-    }
-    assert calls == expected[split]
+    precise = (True, 9 // 4, 2)  # training mode, batches, of the whole epoch
+    assert calls == [
+        *(precise, ("evaluate", 2), precise, ("save", 3)),
+        *(precise, ("evaluate", 4), precise, ("evaluate", 5), ("save", 5)),
+    ]
 
 
 def test_a_run_killed_after_an_epoch_goes_on_to_the_same_weights_bit_by_bit(data_dir, tmp_path):
@@ -310,12 +298,12 @@ def test_a_run_killed_after_an_epoch_goes_on_to_the_same_weights_bit_by_bit(data
     whole = subprocess.Popen([sys.executable, *command("whole", 0)], **pipes)
     killed = subprocess.Popen([sys.executable, *command("killed", 1)], **pipes)
     deadline = time.monotonic() + 200
-    while newest_checkpoint(tmp_path / "killed") is None and time.monotonic() < deadline:
+    while newest(tmp_path / "killed") is None and time.monotonic() < deadline:
         assert killed.poll() is None
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    done = newest_checkpoint(tmp_path / "killed")
+    done = newest(tmp_path / "killed")
     assert done.name in ("model_epoch_0001.pyth", "model_epoch_0002.pyth")  # not the last: there was work left
     ended = python(*command("killed", 0), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

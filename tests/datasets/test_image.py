@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from datasets.image import ImageError, decode
+from datasets import image as image_module
+from datasets.image import ImageError, ImageFile, decode
 
 JPEG = {
     "baseline": [],
@@ -177,6 +178,108 @@ def test_bytes_behind_a_png_are_accepted(tmp_path):
     assert np.array_equal(decode(written(tmp_path, FILES["colour.png"] + b"more")), picture())
 
 
+# ------------------------------------------------------------------------------------------------ parts of an image
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_size_is_told_for_every_jpeg(tmp_path, name):
+    file = ImageFile(written(tmp_path, FILES[name]))
+    assert file.size == ((61, 87) if name.endswith(".jpg") else None)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_size_is_that_of_the_upright_image(tmp_path, orientation, order):
+    data = with_exif(FILES["baseline.jpg"], orientation, THUMBNAIL)
+    if order == ">":
+        tiff = struct.pack(">2sHIHHHIHHI", b"MM", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+        data = FILES["baseline.jpg"][:2] + segment(0xE1, b"Exif\0\0" + tiff) + FILES["baseline.jpg"][2:]
+    file = ImageFile(written(tmp_path, data))
+    assert file.size == file.decode().shape[:2]
+    assert file.size == ((87, 61) if orientation > 4 else (61, 87))
+
+
+@pytest.mark.parametrize("kind", [*JPEG, "grey"])
+@pytest.mark.parametrize("orientation", [None, 1, 6])
+def test_rows_are_those_of_the_whole_image(tmp_path, monkeypatch, capfd, kind, orientation):
+    data = FILES[f"{kind}.jpg"]
+    file = ImageFile(written(tmp_path, data if orientation is None else with_exif(data, orientation)))
+    whole = file.decode()
+    for end in (1, 7, 8, 15, 16, 17, 40, 59, 60, 61, 87):
+        if end <= len(whole):
+            rows = file.decode_rows(end)
+            assert len(rows) >= end
+            assert np.array_equal(rows, whole[: len(rows)]), end
+            partial = image_module.simplejpeg and "progressive" not in kind and orientation != 6 and end < 60
+            assert (len(rows) == end) == bool(partial or end == len(whole)), end
+    monkeypatch.setattr(image_module, "simplejpeg", None)
+    assert np.array_equal(file.decode_rows(7), whole)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_sequential_jpeg_of_several_scans_is_not_cut(tmp_path):
+    """One scan a colour: the first rows of all three are not at the beginning of the file."""
+    planes = [encoded(picture(channels=1) // (1 + c), ".jpg") for c in range(3)]
+    frame, scan = planes[0].index(b"\xff\xc0"), planes[0].index(b"\xff\xda")
+    size = planes[0][frame + 5 : frame + 9]
+    data = planes[0][:frame] + segment(
+        0xC0, b"\x08" + size + b"\x03" + b"".join(bytes([c, 0x11, 0]) for c in (1, 2, 3))
+    )
+    data += planes[0][frame + 13 : scan]  # the Huffman tables
+    for c, plane in enumerate(planes, start=1):
+        data += segment(0xDA, bytes([1, c, 0, 0, 63, 0])) + plane[scan + 10 : -2]
+    file = ImageFile(written(tmp_path, data + END))
+    whole = file.decode()
+    assert whole.std(axis=(0, 1)).min() > 5
+    assert file.size == (61, 87)
+    assert np.array_equal(file.decode_rows(20), whole)
+
+
+@pytest.mark.parametrize("kind", [*JPEG, "grey"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("height", "width", "reductions"), [(152, 208, [1, 2, 4, 8]), (150, 205, [1])])
+def test_a_reduced_decode_is_about_the_mean_of_blocks(tmp_path, kind, orientation, height, width, reductions):
+    y, x = np.mgrid[:height, :width]
+    big = np.stack([x + 20 * np.sin(y / 15), 230 - y, 100 + x / 4 + y / 4], axis=2).clip(0, 255).astype(np.uint8)
+    data = encoded(big if kind != "grey" else big[..., 0], ".jpg", JPEG.get(kind))
+    file = ImageFile(written(tmp_path, with_exif(data, orientation)))
+    assert file.reductions == ([1, 2, 4, 8] if orientation == 1 else reductions)
+    whole = file.decode().astype(int)
+    for f in file.reductions:
+        reduced = file.decode(f)
+        h, w = (side // f for side in whole.shape[:2])
+        assert reduced.shape == (*(-(-side // f) for side in whole.shape[:2]), 3)
+        blocks = whole[: h * f, : w * f].reshape(h, f, w, f, 3).mean((1, 3))
+        assert np.abs((reduced[:h, :w] - blocks).mean((0, 1))).max() < 0.3  # a shift by a pixel gives 1
+        assert np.abs(reduced[:h, :w] - blocks).mean() < 2
+
+
+def test_only_a_jpeg_is_reduced(tmp_path):
+    assert ImageFile(written(tmp_path, FILES["colour.png"])).reductions == [1]
+
+
+def test_a_header_with_flipped_bytes_tells_no_wrong_size(tmp_path):
+    rng, told, path = np.random.default_rng(0), 0, tmp_path / "image.jpg"
+    for orientation in (1, 6):
+        data = np.frombuffer(with_exif(FILES["baseline.jpg"], orientation, THUMBNAIL), np.uint8)
+        header = data.tobytes().rindex(b"\xff\xda") + 14
+        for _ in range(400):
+            broken = data.copy()
+            broken[rng.integers(2, header, 2)] = rng.integers(0, 256, 2)
+            path.write_bytes(broken.tobytes())
+            try:
+                file = ImageFile(path)
+                whole = file.decode()
+            except ImageError:
+                continue
+            if file.size is not None:
+                told += 1
+                assert file.size == whole.shape[:2]
+                rows = file.decode_rows(20)
+                assert np.array_equal(rows, whole[: len(rows)])
+    assert told > 400
+
+
 # ------------------------------------------------------------------------------------------------ refused
 
 
@@ -271,6 +374,17 @@ def test_goldens_of_the_published_code(shared):
             image = decode(path)
             assert list(image.shape) == golden["shape"], name
             assert hashlib.sha256(image.tobytes()).hexdigest() == golden["bgr_sha256"], name
+
+
+def test_real_photographs_by_rows_and_reduced(shared):
+    for path in sorted(shared.glob("distractors/**/*.jpg"))[::12]:
+        file = ImageFile(path)
+        whole = file.decode()
+        assert file.size == whole.shape[:2], path
+        for end in (1, 133, 264):
+            rows = file.decode_rows(end)
+            assert len(rows) >= end
+            assert np.array_equal(rows, whole[: len(rows)]), path
 
 
 def test_real_photographs_equal_imread_and_are_refused_when_cut(shared, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,8 +12,15 @@ import torch
 from datasets import landmark
 from datasets.image import ImageError
 from datasets.landmark import LandmarkDataset, ListError, check_files, read_list
+from datasets.transforms import (
+    FastTrainTransform,
+    TrainTransform,
+    draw_train,
+    normalise,
+    transform_test,
+    transform_train,
+)
 from datasets.transforms import TestTransform as Resized
-from datasets.transforms import TrainTransform, draw_train, transform_test, transform_train
 
 
 def write_list(tmp_path, text: str | bytes, name: str = "train_list.txt") -> str:
@@ -138,28 +146,49 @@ def test_a_training_sample_is_the_transform_with_the_draw_of_seed_epoch_index(tm
     dataset = make(tmp_path, seed=9)
     assert len(dataset) == 3
     assert dataset.labels.tolist() == [5, 4, 3]
-    image, label, index = dataset[(4, 1)]
+    batch = dataset[(4, 1)]
     pixels = cv2.imread(str(tmp_path / "b c/1.png"))
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([9, 4, 1])))
-    assert image.dtype == torch.float32
-    assert np.array_equal(image.numpy(), transform_train(pixels, draw_train(rng, *pixels.shape[:2]), 32))
-    assert (label, index) == (4, 1)
+    assert batch.images.dtype == torch.float32
+    expected = transform_train(pixels, draw_train(rng, *pixels.shape[:2]), 32)
+    assert np.array_equal(batch.images.numpy(), expected.transpose(1, 2, 0)[None])
+    assert batch.labels.dtype == batch.indices.dtype == torch.int64
+    assert (batch.labels.tolist(), batch.indices.tolist(), batch.broken) == ([4], [1], [])
+    assert batch.shift.tolist() == [[0, 0, 0]]
+
+
+def test_a_fast_sample_has_the_same_draw(tmp_path):
+    exact, fast = make(tmp_path, seed=9), make(tmp_path, seed=9, transform=FastTrainTransform(32))
+    for epoch in range(4):
+        keys = [(epoch, i) for i in range(3)]
+        want, got = exact.__getitems__(keys), fast.__getitems__(keys)
+        assert got.images.dtype == torch.uint8
+        assert got.images.shape == want.images.shape == (3, 32, 32, 3)
+        assert got.shift.dtype == torch.float32
+        assert len(set(map(tuple, got.shift.tolist()))) == 3
+        assert torch.equal(got.labels, want.labels)
+        pixels = zip(got.images.numpy().astype(np.float32), got.shift.numpy(), want.images.numpy(), strict=True)
+        for pixel, shift, image in pixels:
+            difference = normalise(pixel, shift=shift).transpose(1, 2, 0) - image
+            assert np.abs(difference).max() * 255 * 0.224 < 1.1  # rounding of a pixel, and of the resize's weights
 
 
 def test_epoch_index_and_seed_each_change_the_draw_and_nothing_else_does(tmp_path):
     dataset = make(tmp_path)
-    first = dataset[(0, 0)][0]
+    first = dataset[(0, 0)].images
     dataset[(3, 2)]
-    assert torch.equal(dataset[(0, 0)][0], first)
-    assert not torch.equal(dataset[(1, 0)][0], first)
-    assert not torch.equal(make(tmp_path, seed=2)[(0, 0)][0], first)
+    assert torch.equal(dataset[(0, 0)].images, first)
+    assert torch.equal(dataset.__getitems__([(0, 1), (0, 0)]).images[1:], first)
+    assert not torch.equal(dataset[(1, 0)].images, first)
+    assert not torch.equal(make(tmp_path, seed=2)[(0, 0)].images, first)
 
 
 def test_samples_of_an_index_alone(tmp_path):
-    dataset = make(tmp_path, transform=Resized(36, 32))
-    image, label, index = dataset[2]
-    assert np.array_equal(image.numpy(), transform_test(cv2.imread(str(tmp_path / "2.png")), 36, 32))
-    assert (label, index) == (3, 2)
+    batch = make(tmp_path, transform=Resized(36, 32)).__getitems__([2, 0])
+    for i, name in enumerate(("2.png", "a/0.png")):
+        expected = transform_test(cv2.imread(str(tmp_path / name)), 36, 32)
+        assert np.array_equal(batch.images[i].numpy().transpose(2, 0, 1), expected)
+    assert (batch.labels.tolist(), batch.indices.tolist()) == ([3, 5], [2, 0])
 
 
 def test_paths_survive_being_packed(tmp_path):
@@ -193,6 +222,56 @@ def test_an_unreadable_image_is_returned_with_path_list_and_line(tmp_path):
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
+# ------------------------------------------------------------------------------------------------ broken images
+
+
+NAMES = tuple(f"{i}.png" for i in range(6))
+
+
+def breaking(tmp_path, *broken: int, **more) -> LandmarkDataset:
+    dataset = make(tmp_path, names=NAMES, skip_broken=True, **more)
+    for i in broken:
+        (tmp_path / f"{i}.png").write_bytes((tmp_path / f"{i}.png").read_bytes()[:-20])
+    return dataset
+
+
+@pytest.mark.parametrize("transform", [TrainTransform(32), FastTrainTransform(32)])
+def test_a_broken_image_is_replaced_by_the_next_one_that_can_be_read(tmp_path, transform):
+    dataset = breaking(tmp_path, 1, 4, 5, transform=transform)
+    batch = dataset.__getitems__([(7, i) for i in (0, 1, 4, 2)])
+    assert batch.indices.tolist() == [0, 2, 0, 2]
+    assert batch.labels.tolist() == [5, 3, 5, 3]
+    for got, index in zip(range(4), (0, 2, 0, 2), strict=True):
+        expected = dataset[(7, index)]
+        assert torch.equal(batch.images[got : got + 1], expected.images)
+        assert torch.equal(batch.shift[got : got + 1], expected.shift)
+    lines = [2, 5, 6]
+    assert len(batch.broken) == 3
+    for message, line in zip(batch.broken, lines, strict=True):
+        assert message.startswith(f"{tmp_path}/train_list.txt, line {line}: {tmp_path}/{line - 1}.png: truncated")
+    assert dataset[(7, 0)].broken == []
+
+
+def test_a_batch_with_a_broken_image_leaves_its_memory_free(tmp_path, monkeypatch):
+    dataset = make(tmp_path, names=NAMES)
+    (tmp_path / "2.png").write_bytes(b"nothing")
+    monkeypatch.setattr(landmark, "get_worker_info", lambda: SimpleNamespace(id=0))
+    dataset.use_batch_memory(workers=1, batch_size=2)
+    for _ in range(10):
+        assert isinstance(dataset.__getitems__([(0, 1), (0, 2)]), ImageError)
+    assert not isinstance(dataset.__getitems__([(0, 1), (0, 3)]).images, torch.Tensor)
+
+
+def test_a_list_without_a_readable_image_ends_in_an_error(tmp_path, monkeypatch):
+    dataset = breaking(tmp_path, *range(6))
+    error = dataset[(0, 4)]
+    assert type(error) is ImageError
+    assert str(error).startswith(f"{tmp_path}/train_list.txt, line 5: {tmp_path}/4.png: truncated")
+    assert str(error).endswith("(nor can any of the 5 images after it be read)")
+    monkeypatch.setattr(landmark, "_MOST_REPLACED", 3)
+    assert str(dataset[(0, 4)]).endswith("(nor can any of the 2 images after it be read)")
+
+
 def test_missing_images_are_found_at_construction(tmp_path):
     make(tmp_path)
     (tmp_path / "2.png").unlink()
@@ -210,4 +289,4 @@ def test_the_real_set_is_read(shared):
     dataset = LandmarkDataset(root, root / "train_list.txt", transform=Resized(64, 64), num_classes=78, seed=0)
     assert len(dataset) == 244
     assert sorted(set(dataset.labels.tolist())) == list(range(78))
-    assert dataset[243][0].shape == (3, 64, 64)
+    assert dataset[243].images.shape == (1, 64, 64, 3)

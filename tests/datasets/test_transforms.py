@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import struct
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
+from datasets import image as image_module
 from datasets import transforms
+from datasets.image import ImageFile
 from datasets.transforms import TrainDraw, draw_train, preprocess, scaled_size, transform_test, transform_train
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "datasets"
@@ -342,9 +345,89 @@ def test_flip_and_lighting_are_distributed_as_published():
     assert np.abs(np.corrcoef(alpha.T) - np.eye(3)).max() < 0.06
 
 
-def test_callables_are_the_functions():
+# ------------------------------------------------------------------------------------------------ from file to input
+
+
+def test_what_the_loader_calls_are_the_functions(tmp_path):
     image = noise(70, 60)
-    rng = np.random.default_rng(5)
-    expected = transform_train(image, draw_train(np.random.default_rng(5), 70, 60), 32)
-    assert np.array_equal(transforms.TrainTransform(32)(image, rng), expected)
-    assert np.array_equal(transforms.TestTransform(40, 32)(image, rng), transform_test(image, 40, 32))
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    file, out = ImageFile(tmp_path / "a.png"), np.full((32, 32, 3), np.nan, np.float32)
+    for seed in range(6):
+        draw = draw_train(np.random.default_rng(seed), 70, 60)
+        shift = transforms.TrainTransform(32).write(file, np.random.default_rng(seed), out)
+        assert np.array_equal(out.transpose(2, 0, 1), transform_train(image, draw, 32))
+        assert shift.tolist() == [0, 0, 0]
+    transforms.TestTransform(40, 32).write(file, None, out)
+    assert np.array_equal(out.transpose(2, 0, 1), transform_test(image, 40, 32))
+
+
+def test_normalise_in_blocks(monkeypatch):
+    """More pixels than a block, and a source that is no whole array."""
+    image, alpha = noise(150, 170).astype(np.float32)[:, 20:], (0.12, -0.03, 0.2)
+    assert image.size > 2 * 3 * 8192
+    shifted = transforms.normalise(image, shift=transforms.lighting_shift(alpha))
+    assert np.array_equal(shifted, literal_normalise(image, alpha))
+
+
+def landscape(height: int, width: int) -> np.ndarray:
+    """Smooth, and different everywhere: a shift by a pixel or a wrong flip shows in the mean."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    planes = [40 + 170 * x, 220 - 180 * y, 120 + 60 * np.sin(5 * x + 3 * y)]
+    return np.stack(planes, axis=2).round().astype(np.uint8)
+
+
+def orientated(jpeg: bytes, orientation: int) -> bytes:
+    tiff = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    return jpeg[:2] + struct.pack(">BBH", 0xFF, 0xE1, len(tiff) + 8) + b"Exif\0\0" + tiff + jpeg[2:]
+
+
+@pytest.mark.parametrize("size", [20, 100, 300])  # reduced by up to 8, by up to 2, and enlarged
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6])
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (241, 333), (40, 900)])
+def test_fast_draws_and_cuts_the_same_crop(tmp_path, monkeypatch, size, orientation, height, width):
+    _, data = cv2.imencode(".png" if orientation is None else ".jpg", landscape(height, width))
+    (tmp_path / "a").write_bytes(data.tobytes() if orientation is None else orientated(data.tobytes(), orientation))
+    file, asked = ImageFile(tmp_path / "a"), []
+    decode = ImageFile.decode
+    monkeypatch.setattr(ImageFile, "decode", lambda self, f=1: asked.append(f) or decode(self, f))
+    image, out = decode(file), np.zeros((size, size, 3), np.uint8)
+    boxes = reductions = 0
+    for seed in range(12):
+        draw = draw_train(np.random.default_rng(seed), *image.shape[:2])
+        boxes += draw.box is not None
+        shift = transforms.FastTrainTransform(size).write(file, np.random.default_rng(seed), out)
+        if asked and draw.box is not None:  # as small as it can be, but not smaller than the target
+            fitting = [f for f in file.reductions if f * size <= min(draw.box[2:])]
+            assert asked.pop() == max(fitting, default=1)
+            reductions += len(fitting) > 1
+        got = transforms.normalise(out.astype(np.float32), shift=shift)
+        difference = 255 * transforms.SD_BGR[:, None, None] * (got - transform_train(image, draw, size))
+        assert np.abs(difference.mean((1, 2))).max() < 0.5, draw
+        assert np.abs(difference).mean() < 1
+        assert np.abs(difference).max() < 12
+        assert shift.tolist() == transforms.lighting_shift(draw.alpha).astype(np.float32).tolist()
+    assert boxes == 0 if width == 900 else boxes > 6
+    if width != 900 and size != 100:
+        assert (reductions > 0) == (size == 20 and len(file.reductions) > 1)
+
+
+def test_reduction_can_be_switched_off(tmp_path, monkeypatch):
+    cv2.imwrite(str(tmp_path / "a.jpg"), landscape(600, 800))
+    monkeypatch.setitem(image_module._FLAGS, 2, None)
+    monkeypatch.setitem(image_module._FLAGS, 4, None)
+    monkeypatch.setitem(image_module._FLAGS, 8, None)
+    out = np.zeros((20, 20, 3), np.uint8)
+    transforms.FastTrainTransform(20, reduce=False).write(ImageFile(tmp_path / "a.jpg"), np.random.default_rng(0), out)
+    assert out.any()
+
+
+@pytest.mark.parametrize("size", [20, 400])
+def test_where_the_header_tells_another_size_the_pixels_decide(tmp_path, monkeypatch, size):
+    cv2.imwrite(str(tmp_path / "a.jpg"), landscape(240, 320))
+    file, out, expected = ImageFile(tmp_path / "a.jpg"), *np.zeros((2, size, size, 3), np.uint8)
+    draw = draw_train(np.random.default_rng(4), 240, 320)
+    transforms.cut_fast(expected, file.decode(), draw, box=draw.box)
+    for told in ((320, 240), (240, 333), None):
+        monkeypatch.setattr(ImageFile, "size", told)
+        transforms.FastTrainTransform(size).write(file, np.random.default_rng(4), out)
+        assert np.array_equal(out, expected)

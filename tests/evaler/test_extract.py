@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from core import builders
-from core.checkpoint import checkpoint_path, save_checkpoint
+from core.checkpoint import checkpoint_path, write_checkpoint
 from core.config import load_cfg
 from core.environment import sha256_file
 from datasets.image import ImageError, decode
@@ -411,7 +411,8 @@ def test_the_newest_checkpoint_of_out_dir_is_used_and_named(place, capsys):
     model = builders.build_classifier(cfg)
     for epochs_done in (9999, 10000, 1):
         nn.init.constant_(model.fc.bias, epochs_done)
-        save_checkpoint(cfg, model, builders.build_optimizer(cfg, model), epochs_done=epochs_done)
+        content = {"epoch": epochs_done - 1, "model_state": model.state_dict(), "cfg": cfg.dump()}
+        write_checkpoint(content, checkpoint_path(cfg.OUT_DIR, epochs_done))
     place.run(TEST__WEIGHTS="")
     newest = checkpoint_path(place.out, 10000)
     out = capsys.readouterr().out

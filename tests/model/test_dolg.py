@@ -99,7 +99,7 @@ def test_settings_reach_their_layers(thin):
 def test_gradient_reaches_every_trained_parameter(thin, settings):
     model = network("curricularface", **settings).train()
     labels = torch.tensor([0, 6, 2])
-    F.cross_entropy(model(images(3, 3, 64, 64), labels), labels).backward()
+    model(images(3, 3, 64, 64), labels)[0].backward()
     for name, p in model.named_parameters():
         if name == "pool_g.p" and not settings.get("gem_trainable", True):
             assert p.grad is None
@@ -141,10 +141,9 @@ def test_bfloat16_autocast(thin, settings):
     with torch.no_grad():
         exact = copy.deepcopy(model)(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(x, labels)
-        loss = F.cross_entropy(logits, labels)
+        loss, _ = model(x, labels)
         plain = model(x)
-    assert logits.dtype == torch.float32
+    assert loss.dtype == torch.float32
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert (plain - exact).abs().max() < 0.1 * 30
@@ -157,16 +156,22 @@ def test_bfloat16_autocast(thin, settings):
 @pytest.mark.parametrize("kind", ["arcface", "curricularface", "cosine"])
 def test_classifier_is_the_head_on_the_descriptor(thin, kind):
     model = network(kind).eval()
+    model.desc_cls.train()  # with its margin
     descriptor_network = network()
     descriptor_network.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("desc_cls.")})
     descriptor_network.eval()
     x, labels = images(4, 3, 48, 48), torch.tensor([1, 6, 0, 3])
     with torch.no_grad():
         descriptor = descriptor_network(x)
-        torch.testing.assert_close(model(x, labels), model.desc_cls(descriptor, labels))
+        torch.testing.assert_close(model.descriptors(x), descriptor)
+        head = copy.deepcopy(model.desc_cls)  # t is renewed by each call
+        loss, ranks = model(x, labels)
+        logits = head(descriptor, labels)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
+        assert torch.equal(ranks, (logits > logits.gather(1, labels[:, None])).sum(dim=1))
         cosines = F.cosine_similarity(descriptor[:, None], model.desc_cls.weight[None], dim=2)
         torch.testing.assert_close(model(x), 30 * cosines)
-        margin = (model(x, labels) - model(x)).gather(1, labels[:, None])
+        margin = (logits - model(x)).gather(1, labels[:, None])
     assert (margin == 0).all() if kind == "cosine" else (margin < 0).all()
 
 

@@ -1,0 +1,85 @@
+"""What may end a run: a signal, broken images, losses and gradients that are not finite. Noticed by all at once."""
+
+from collections import deque
+
+from torch.utils.data import Dataset
+
+from core.distributed import Agreement, gather_objects, rank, world_size
+from core.interrupt import SIGNALS, Interrupted, SignalFlags, Stopped
+from core.logging import log
+from core.position import Position
+from core.step import SMALLEST_SCALE, TrainStep
+
+
+class Faults:
+    """Watches a run. All methods but `met` are collective: every process calls them equally often.
+
+    Within its context SIGINT and SIGTERM are held back until `poll`.
+    """
+
+    def __init__(self, position: Position, step: TrainStep, dataset: Dataset, *, skip_broken: int, remember: int):
+        """`skip_broken` images may be replaced; `remember` updates pass between two calls of `check_finite`."""
+        self.position, self.step, self.dataset, self.skip_broken = position, step, dataset, skip_broken
+        self.signals = SignalFlags(patient=world_size() > 1)
+        self.agree = Agreement(len(SIGNALS) + 1)
+        self.broken: list[str] = []  # met by this process, not yet told to the others
+        self.recent: deque[tuple[int, list[int]]] = deque(maxlen=remember + 1)  # (update, indices of its images)
+
+    def __enter__(self) -> "Faults":
+        self.signals.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.signals.__exit__(kind, *error)
+        if kind is None or issubclass(kind, Stopped):  # else the others may not be there any more
+            self.agree.finish()
+
+    def met(self, broken: list[str], update: int = 0, indices: list[int] | None = None) -> None:
+        """Take note of a batch: its broken images, and which images an update sees."""
+        self.broken += broken
+        if indices is not None:
+            self.recent.append((update, indices))
+
+    def poll(self) -> None:
+        """Raise `Interrupted` if any process has received a signal, `ValueError` for too many broken images."""
+        *signals, broken = self.agree([*self.signals.counts(), len(self.broken)])
+        if broken:
+            self.count_broken()
+        for number, count in zip(SIGNALS, signals, strict=True):
+            if count:
+                raise Interrupted(number)
+
+    def count_broken(self) -> None:
+        """List the images that were replaced; raise `ValueError` if they are more than allowed."""
+        listed = self.position.broken
+        new = [message for found in gather_objects(self.broken) for message in found]
+        self.broken = []
+        for message in dict.fromkeys(new):
+            if message not in listed:
+                listed.append(message)
+                log(f"broken image {len(listed)}, replaced by the next of its list: {message}")
+        if len(listed) > self.skip_broken:
+            raise ValueError(
+                f"{len(listed)} broken images, DATA_LOADER.SKIP_BROKEN is {self.skip_broken}; the last is {listed[-1]}"
+            )
+
+    def check_finite(self, iterations: int) -> None:
+        """Raise `FloatingPointError` if a loss or gradient was not finite; the weights are those from before it.
+
+        `iterations` an epoch turn the number of an update into the place that is named.
+        """
+        update, process = self.step.first_bad.tolist()
+        if not update:
+            if self.step.scaler.is_enabled() and self.step.scaler.get_scale() < SMALLEST_SCALE:
+                raise FloatingPointError("float16 gradients overflow at any scale: use TRAIN.PRECISION bf16 or fp32")
+            return
+        guilty = process - 1 if process else None
+        mine = next((indices for number, indices in self.recent if number == update), [])
+        paths = [self.dataset.path(index) for index in mine] if guilty in (None, rank()) else []
+        images = ", ".join(path for found in gather_objects(paths) for path in found)
+        epoch, iteration = divmod(update - 1, iterations)
+        what = "gradient" if guilty is None else f"loss of process {guilty}"
+        raise FloatingPointError(
+            f"the {what} is not finite at epoch {epoch + 1}, iteration {iteration + 1}; the run ends before that "
+            f"update. Lower OPTIM.BASE_LR, warm up longer or set OPTIM.CLIP_GRAD. Images: {images}"
+        )

@@ -1,0 +1,44 @@
+"""One run an OUT_DIR: a lock that the operating system holds, and drops when the process ends in whatever way."""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# What file systems without locks answer (some network ones).
+UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | os.PathLike) -> Iterator[bool]:
+    """Make `folder` if need be and lock it; yields whether its file system has locks.
+
+    The folder itself is what is locked: no file is left over. Raises `ValueError` if another process holds it.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"OUT_DIR {folder} cannot be written: {error.strerror}") from None
+    descriptors = [descriptor]
+
+    def close_in_fork() -> None:  # a loader worker that outlives its parent must not keep the lock
+        while descriptors:
+            os.close(descriptors.pop())
+
+    os.register_at_fork(after_in_child=close_in_fork)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"OUT_DIR {folder} is in use by another run: wait, or name another folder") from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            yield False
+        else:
+            yield True
+    finally:
+        close_in_fork()

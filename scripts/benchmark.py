@@ -1,0 +1,57 @@
+"""Time ours against the published way.
+
+python scripts/benchmark.py head|loader|step [--mode exact|fast] [--json FILE]
+"""
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Before PyTorch is loaded. Threads that spin while they wait make anything beside them many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+
+import torch
+
+from core.benchmark import report
+from core.benchmark_training import head_cases, loader_cases, step_cases
+from core.environment import entry_point
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Time ours against a plain implementation of the published way, side by side in one process.",
+        epilog="Run it on an idle machine: the load is printed with the result. The ratio that counts is the smallest.",
+    )
+    parser.add_argument("name", choices=["head", "loader", "step"], help="what to time")
+    parser.add_argument("--mode", choices=["exact", "fast"], default="exact", help="of the loader (default: exact)")
+    parser.add_argument("--size", type=int, help="side of the images in pixels (loader: 512, step: 224)")
+    parser.add_argument("--batch", type=int, help="images a batch (head: 8 and 64, step: 8)")
+    parser.add_argument("--depth", type=int, default=50, choices=[50, 101, 152], help="of the step's ResNet")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="of the step (default: the best)")
+    parser.add_argument("--compile", action="store_true", help="compile our step")
+    parser.add_argument("--threads", type=int, help="of PyTorch, for both sides")
+    parser.add_argument("--seconds", type=float, default=16.0, help="how long to time each case, about")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    mode = ""
+    if args.name == "head":
+        cases = head_cases(batches=(args.batch,) if args.batch else (8, 64), seconds=args.seconds / 2)
+    elif args.name == "loader":
+        mode = args.mode
+        cases = loader_cases(mode, size=args.size or 512, seconds=args.seconds)
+    else:
+        step = {"depth": args.depth, "size": args.size or 224, "batch": args.batch or 8, "compiled": args.compile}
+        mode = args.precision or "best precision"
+        cases = step_cases(**step, precision=args.precision, seconds=args.seconds)
+    print(report(args.name, mode, cases, path=args.json))
+
+
+if __name__ == "__main__":
+    main()

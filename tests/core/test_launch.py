@@ -1,0 +1,260 @@
+"""Processes started by this one, in several kinds of trouble: real processes, real signals."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from core import launch
+from core.checkpoint import checkpoints
+from core.config import load_cfg
+from core.logging import setup_logging
+from core.trainer import train
+from datasets.loader import TrainBatches
+from tests.small_run import (
+    ROOT,
+    SMALL_MODEL,
+    SMALL_TRAINING,
+    child_environment,
+    cut_short,
+    free_port,
+    landmarks,
+    messages,
+    overrides,
+)
+
+EPOCHS = ("OPTIM.MAX_EPOCH", "1")
+
+TROUBLE = """
+import os, signal, sys, time
+from core.config import load_cfg
+from core.distributed import all_reduce_sum, barrier, rank
+from core.environment import entry_point
+from core.launch import spawn
+from core.output import output_folder
+from core.step import TrainStep
+from core.trainer import train
+
+def killed(cfg):
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    barrier()
+
+def broken(cfg):
+    if rank() == 1:
+        raise RuntimeError("a defect of ours")
+    barrier()
+    time.sleep(300)
+
+def hanging(cfg):
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    barrier()
+
+def poisoned(cfg):
+    real = TrainStep.__call__
+    def step(self, images, labels, *, number, rank):
+        factor = float("nan") if (rank, number) == (1, 2) else 1.0
+        return real(self, images * factor, labels, number=number, rank=rank)
+    TrainStep.__call__ = step
+    train(cfg)
+
+def waiting(cfg):
+    os.write(1, bytes(str(os.getpid()) + chr(10), "ascii"))  # in one piece
+    time.sleep(300)
+
+@entry_point
+def main():
+    cfg = load_cfg(None, sys.argv[2:])
+    with output_folder(cfg):
+        spawn(globals()[sys.argv[1]], cfg, 2)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def script(folder: Path, source: str) -> Path:
+    path = folder / "script.py"
+    path.write_text(source)
+    return path
+
+
+def start(path: Path, *args: str, **environment: str) -> subprocess.Popen:
+    env = child_environment() | {"PYTHONPATH": str(ROOT)} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [sys.executable, str(path), *args],
+        cwd=path.parent,
+        env=env,
+        # A test run started in the background ignores SIGINT and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **pipes,
+    )
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return landmarks(tmp_path_factory.mktemp("data"), train=12, val=5)
+
+
+def settings(data_dir: Path, **more) -> list[str]:
+    return overrides(SMALL_MODEL, SMALL_TRAINING, {"DATA_LOADER.DATA_DIR": data_dir}, more)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "said"),
+    [
+        ("killed", 1, ["error: process 1 of the run was ended by SIGKILL"]),
+        ("hanging", 1, "Timed out"),
+        ("broken", 1, None),
+        ("train", 2, "truncated"),
+    ],
+)
+def test_a_process_that_fails_ends_the_run_in_bounded_time(data_dir, tmp_path, trouble, code, said):
+    if trouble == "train":  # one photograph of the second process's share is damaged
+        data_dir = landmarks(tmp_path / "data", train=12, val=0)
+        second = next(iter(TrainBatches(12, batch_size=4, seed=1, rank=1, world=2)))
+        cut_short(data_dir / "tiny" / "train" / f"{second[0][1]:02d}.jpg")
+    more = {"OUT_DIR": tmp_path / "made" / "out", "PORT": free_port(), "TEST.SPLIT": "", "LOG_DEST": "file"}
+    more["DIST_TIMEOUT"] = 5
+    began = time.monotonic()
+    process = start(script(tmp_path, TROUBLE), trouble, *settings(data_dir, **more))
+    _, err = process.communicate(timeout=150)
+    assert time.monotonic() - began < 60
+    assert process.returncode == code
+    assert not (tmp_path / "made").exists()
+    if trouble == "broken":
+        assert "RuntimeError: a defect of ours" in err and "Traceback" in err
+    elif trouble == "hanging":
+        assert said in err or "timed out" in err.lower(), err
+    elif trouble == "train":
+        [line] = messages(err) if len(messages(err)) == 1 else pytest.fail(err)
+        assert line.startswith("error: ") and f"{second[0][1]:02d}.jpg" in line and said in line
+    else:
+        assert messages(err) == said
+
+
+def test_a_loss_that_is_not_finite_names_process_iteration_and_images(data_dir, tmp_path):
+    more = {"OUT_DIR": tmp_path / "out", "PORT": free_port(), "TEST.SPLIT": "", "OPTIM.BASE_LR": 0.001}
+    process = start(script(tmp_path, TROUBLE), "poisoned", *settings(data_dir, **more))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    [line] = messages(err)
+    assert line.startswith("error: the loss of process 1 is not finite at epoch 1, iteration 2; the run ends before")
+    second = list(TrainBatches(12, batch_size=4, seed=1, rank=1, world=2))[1]
+    assert re.findall(r"train/(\d+)\.jpg", line) == [f"{index:02d}" for _, index in second]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sharded_head_trains_as_a_whole_one_and_goes_on_in_one_process(data_dir, tmp_path):
+    """Two processes, then one; the checkpoint holds the whole head."""
+    states = []
+    for sharded in (False, True):
+        out_dir = tmp_path / str(sharded) / "out"
+        more = {"OUT_DIR": out_dir, "OPTIM.BASE_LR": 1e-3, "MODEL.HEADS.SHARDED": sharded, "OPTIM.CLIP_GRAD": 0.5}
+        more |= {"MODEL.HEADS.CLS_LAYER": "curricularface", "OPTIM.EMA_DECAY": 0.5, "TEST.BATCH_SIZE": 2}
+        process = start(script(tmp_path, TROUBLE), "train", *settings(data_dir, PORT=free_port(), **more), *EPOCHS)
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        states.append(torch.load(checkpoints(out_dir)[-1], weights_only=True))
+    whole, parts = states
+    assert parts["model_state"]["desc_cls.weight"].shape == (3, 8)
+    for key in ("model_state", "ema_state"):
+        for name, value in whole[key].items():
+            if "running" in name:  # of two values each: they magnify what the order of sums rounds off
+                continue
+            torch.testing.assert_close(parts[key][name], value, rtol=0.02, atol=2e-3, msg=f"{key} {name}")
+    momenta = [[e["momentum_buffer"] for e in s["optimizer_state"]["state"].values()] for s in states]
+    for value, expected in zip(*reversed(momenta), strict=True):
+        assert value.shape == expected.shape
+    train(load_cfg(None, [*settings(data_dir, **more), "OPTIM.MAX_EPOCH", "2", "LOG_DEST", "file"]))
+    setup_logging(None, quiet=True)
+    assert "2 processes before, 1 now" in (out_dir / "stdout.log").read_text()
+    assert checkpoints(out_dir)[-1].name == "model_epoch_0002.pyth"
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie, which nobody waits for, has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_parent_alone_ends_its_processes(data_dir, tmp_path, number):
+    args = settings(data_dir, OUT_DIR=tmp_path / "out", PORT=free_port())
+    process = start(script(tmp_path, TROUBLE), "waiting", *args)
+    children = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(number)  # to it alone: a terminal would send it to all
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and messages(err) == []
+    assert all(map(gone, children))
+
+
+def test_without_their_parent_the_processes_end(data_dir, tmp_path):
+    args = settings(data_dir, OUT_DIR=tmp_path / "out", PORT=free_port())
+    process = start(script(tmp_path, TROUBLE), "waiting", *args)
+    children = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while not all(map(gone, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(map(gone, children))
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """As far as counting goes."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(key, raising=False)
+
+
+def never(cfg):
+    raise AssertionError("not to be called")
+
+
+def test_a_port_in_use_is_one_clear_line(two_gpus):
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^PORT {port} on localhost cannot be used \(Address already in use\)"):
+            launch.launch(never, load_cfg(None, ["NUM_GPUS", "2", "PORT", str(port)]))
+
+
+def test_a_host_that_does_not_exist_is_one_clear_line(two_gpus):
+    cfg = load_cfg(None, ["NUM_GPUS", "2", "HOST", "no-such-host.invalid"])
+    with pytest.raises(ValueError, match=r"^PORT 10001 on no-such-host\.invalid cannot be used"):
+        launch.launch(never, cfg)
+
+
+def test_more_gpus_than_present(two_gpus):
+    cfg = load_cfg(None, ["NUM_GPUS", "4"])
+    with pytest.raises(ValueError, match="NUM_GPUS 4: this machine has 2 usable GPUs; lower NUM_GPUS"):
+        launch.launch(never, cfg)
+
+
+def test_under_torchrun_its_process_count_is_what_is_asked_for(two_gpus, monkeypatch):
+    for key, value in {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match="NUM_GPUS 3: this machine has 2 usable GPUs"):
+        launch.launch(never, load_cfg(None, ["NUM_GPUS", "1"]))
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_one_device_needs_no_other_process(two_gpus, num_gpus):
+    cfg, seen = load_cfg(None, ["NUM_GPUS", str(num_gpus)]), []
+    launch.launch(seen.append, cfg)
+    assert seen == [cfg]
+
+
