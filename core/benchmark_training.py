@@ -25,6 +25,7 @@ from datasets.transforms import FastTrainTransform, TrainTransform
 from model.margin import build_head
 from model.published import PublishedClassifier, PublishedHead
 
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "resnet50_delg_8gpu.yaml"
 CLASSES, DIM, SCALE, MARGIN = 81_313, 512, 30.0, 0.15
 LOADER_FILES, LOADER_SIDE, LOADER_BATCH, LOADER_WORKERS = 48, 1000, 8, 2
 LOADER_IMAGES = 4 * LOADER_FILES  # of an epoch: each file is listed so often, or its beginning and end would weigh
@@ -204,8 +205,7 @@ def _settings(depth: int, batch: int, precision: str, compiled: bool) -> list[st
 def _our_step(
     depth: int, batch: int, images: Tensor, labels: Tensor, device: torch.device, precision: str, compiled: bool
 ) -> Callable[[], None]:
-    recipe = Path(__file__).resolve().parents[1] / "configs" / "resnet50_delg_8gpu.yaml"
-    cfg = load_cfg(recipe, _settings(depth, batch, precision, compiled))
+    cfg = load_cfg(RECIPE, _settings(depth, batch, precision, compiled))
     torch.manual_seed(0)
     model = builders.build_classifier(cfg).to(device, memory_format=torch.channels_last).train()
     step: TrainStep = builders.build_step(cfg, model, builders.build_optimizer(cfg, model))
@@ -219,12 +219,13 @@ def _our_step(
 
 
 def _published_step(depth: int, images: Tensor, labels: Tensor, device: torch.device) -> Callable[[], None]:
-    cfg = load_cfg(Path(__file__).resolve().parents[1] / "configs" / "resnet50_delg_8gpu.yaml", [
-        *_settings(depth, len(images), "fp32", False)
-    ])
+    cfg = load_cfg(RECIPE, _settings(depth, len(images), "fp32", False))
     torch.manual_seed(0)
+    same = builders.build_classifier(cfg)  # the weights that ours starts from
     descriptor = builders.build_descriptor(cfg)
+    descriptor.load_state_dict({k: v for k, v in same.state_dict().items() if not k.startswith("desc_cls.")})
     head = PublishedHead(DIM, CLASSES, scale=SCALE, margin=MARGIN)
+    head.load_state_dict(same.desc_cls.state_dict())
     model = PublishedClassifier(descriptor, head).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
