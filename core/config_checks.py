@@ -140,6 +140,8 @@ def _check_training(cfg: CfgNode) -> None:
         )
     if cfg.MODEL.HEADS.SHARDED and cfg.TRAIN.PRECISION == "fp16":
         raise ConfigError("MODEL.HEADS.SHARDED does not go with TRAIN.PRECISION fp16: use bf16")
+    if cfg.BN.SYNC and not cfg.NUM_GPUS:
+        raise ConfigError("BN.SYNC works on GPUs only: set it False, or NUM_GPUS above 0")
     if len(set(cfg.TEST.RETRIEVAL)) != len(cfg.TEST.RETRIEVAL):
         raise ConfigError(f"TEST.RETRIEVAL {cfg.TEST.RETRIEVAL} names a set twice")
     _check_optimizer(cfg)

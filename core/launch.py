@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from yacs.config import CfgNode
 
 from core.environment import USER_ERROR_EXIT_CODE, exit_on_signals, is_user_error
@@ -62,7 +63,11 @@ def join(work: Work, cfg: CfgNode, rank: int, world: int, local_rank: int) -> No
         torch.cuda.set_device(local_rank)
     backend = cfg.DIST_BACKEND if cfg.NUM_GPUS else "gloo"
     timeout = datetime.timedelta(seconds=cfg.DIST_TIMEOUT)
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+    store = None
+    if restarts():  # torchrun keeps its store: the addresses of the processes that have died are still in it
+        agents, *_ = next(rendezvous("env://", rank, world, timeout=timeout))
+        store = dist.PrefixStore(f"restart {restarts()}", agents)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         work(cfg)
     except Stopped:

@@ -27,7 +27,24 @@ from tests.small_run import (
     landmarks,
     messages,
     overrides,
+    python,
 )
+
+DIES_ONCE = """
+import os, signal, sys
+from core.config import load_cfg
+from core.launch import launch, restarts
+from core.step import TrainStep
+from core.trainer import train
+
+real = TrainStep.__call__
+def step(self, *batch, number, rank):
+    if (number, rank, restarts()) == (5, 1, 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *batch, number=number, rank=rank)
+TrainStep.__call__ = step
+launch(train, load_cfg(None, sys.argv[1:]))
+"""
 
 EPOCHS = ("OPTIM.MAX_EPOCH", "1")
 
@@ -178,6 +195,21 @@ def test_a_sharded_head_trains_as_a_whole_one_and_goes_on_in_one_process(data_di
     setup_logging(None, quiet=True)
     assert "2 processes before, 1 now" in (out_dir / "stdout.log").read_text()
     assert checkpoints(out_dir)[-1].name == "model_epoch_0002.pyth"
+
+
+def test_torchrun_starts_the_processes_again_and_they_go_on(data_dir, tmp_path, monkeypatch):
+    """Also without AUTO_RESUME, which is about an OUT_DIR that another run has left."""
+    more = {"OUT_DIR": tmp_path / "out", "OPTIM.MAX_EPOCH": 3, "OPTIM.BASE_LR": 0.001, "LOG_DEST": "file"}
+    args = settings(data_dir, **more, **{"TRAIN.AUTO_RESUME": False, "TEST.SPLIT": ""})
+    path = script(tmp_path, DIES_ONCE)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", str(path)]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ended = python(*command, *args, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    log = (tmp_path / "out" / "stdout.log").read_text()
+    assert log.count("resuming from") == 1
+    assert f"resuming from {tmp_path}/out/checkpoints/model_epoch_0001.pyth: 1 of 3 epochs done" in log
+    assert checkpoints(tmp_path / "out")[-1].name == "model_epoch_0003.pyth"
 
 
 def gone(pid: int) -> bool:

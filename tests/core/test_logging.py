@@ -1,6 +1,8 @@
 import json
 import logging
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,3 +100,36 @@ def test_numbers_have_six_digits_and_no_exponent(capsys, value, written):
     setup_logging(None)
     log_stats("x", value=value)
     assert capsys.readouterr().out.endswith(f'{{"_type": "x", "value": {written}}}\n')
+
+
+def test_numbers_go_to_tensorboard_over_iterations_and_epochs(tmp_path, monkeypatch, capsys):
+    written, closed = [], []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == tmp_path
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            closed.append(True)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    setup_logging(None, tensorboard=tmp_path)
+    log_stats("train_iter", epoch="3/9", iter="20/400", loss=1.5, eta="0:01:00")
+    log_stats("test_epoch", epoch="3/9", top1_err=40.0)
+    log_stats("retrieval", epoch="4/9", set="toy", medium=12.5, hard=None)
+    setup_logging(None, quiet=True)
+    assert written == [
+        ("train_iter/loss", 1.5, 820),
+        ("test_epoch/top1_err", 40.0, 3),
+        ("retrieval/toy/medium", 12.5, 4),
+    ]
+    assert closed == [True]
+
+
+def test_without_tensorboard_one_line_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        setup_logging(None, tensorboard=tmp_path)
