@@ -74,13 +74,13 @@ def numbers(lines: list[str]) -> list[dict]:
 
 
 def differences(a: object, b: object, where: str = "") -> list[str]:
-    """Where two checkpoints differ in a bit, apart from the settings that the tests change."""
+    """Where two checkpoints differ in a bit, apart from settings and the version of the code."""
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) and a.dtype == b.dtype else [where]
     if isinstance(a, dict):
         if a.keys() != b.keys():
             return [f"{where}: {a.keys() ^ b.keys()}"]
-        return [d for key in a if key != "cfg" for d in differences(a[key], b[key], f"{where}/{key}")]
+        return [d for key in a if key not in ("cfg", "code") for d in differences(a[key], b[key], f"{where}/{key}")]
     if isinstance(a, list):
         pairs = enumerate(zip(a, b, strict=True))
         return [d for i, (x, y) in pairs for d in differences(x, y, f"{where}/{i}")]
@@ -276,6 +276,8 @@ def test_stopped_at_random_again_and_again(data_dir, tmp_path, world):
                 os.kill(process.pid, number)
                 process.communicate(timeout=60)
         a, b = (torch.load(checkpoint_path(f / "out", 12), weights_only=True) for f in (tmp_path / "whole", folder))
-        differing += differences(a, b) != []
+        found = differences(a, b)
+        differing += found != []
+        print(f"\nrun {attempt}: {len(found)} differences {found[:5]}")
     print(f"\n{stops} stops over 5 runs of {world} process(es): {differing} end with other bits")
     assert stops >= 10 and differing == 0
