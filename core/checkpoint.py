@@ -76,7 +76,12 @@ def find_fault(path: Path) -> str | None:
 def write_checkpoint(content: dict, path: Path) -> None:
     """The file appears complete, on the disk, or not at all."""
     with atomic_write(path) as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # what torch makes of a write that failed
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def link_best(path: Path) -> None:

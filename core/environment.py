@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 USER_ERROR_EXIT_CODE = 2
+FAILURE_EXIT_CODE = 1
 
 
 def is_user_error(error: BaseException) -> bool:
@@ -36,6 +37,17 @@ def is_user_error(error: BaseException) -> bool:
     return ours and code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
+def ending(error: Exception) -> tuple[int, str] | None:
+    """Exit code and line of an error that needs no traceback; None for a defect of the code."""
+    if is_user_error(error):
+        return USER_ERROR_EXIT_CODE, str(error)
+    if isinstance(error, OSError) and error.filename is not None:  # a folder that cannot be written, a full disk
+        return USER_ERROR_EXIT_CODE, f"{error.filename}: {error.strerror}"
+    if isinstance(error, FloatingPointError):  # a loss that is not finite
+        return FAILURE_EXIT_CODE, str(error)
+    return None
+
+
 def entry_point(main: Callable) -> Callable:
     """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2.
 
@@ -49,22 +61,16 @@ def entry_point(main: Callable) -> Callable:
             exit_on_signals(signal.SIGTERM)
         try:
             return main(*args, **kwargs)
-        except ValueError as error:
-            if not is_user_error(error):
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(USER_ERROR_EXIT_CODE)
-        except OSError as error:  # a folder that cannot be written, a full disk
-            if error.filename is None:
-                raise
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            sys.exit(USER_ERROR_EXIT_CODE)
-        except FloatingPointError as error:  # a loss that is not finite
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
+        except Exception as error:
+            expected = ending(error)
+            if expected is None:
+                raise
+            code, line = expected
+            print(f"error: {line}", file=sys.stderr)
+            sys.exit(code)
 
     return wrapper
 
@@ -87,7 +93,10 @@ def exit_on_signals(*numbers: int) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open `path` for writing so that it appears under its name complete, on the disk, or not at all."""
+    """Open `path` for writing so that it appears under its name complete, on the disk, or not at all.
+
+    An `OSError` of a write (the disk is full) names `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -98,9 +107,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

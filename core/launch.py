@@ -12,19 +12,27 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from yacs.config import CfgNode
 
-from core.environment import USER_ERROR_EXIT_CODE, exit_on_signals, is_user_error
+from core.environment import FAILURE_EXIT_CODE, USER_ERROR_EXIT_CODE, ending, exit_on_signals
 from core.interrupt import Stopped
 
 Work = Callable[[CfgNode], None]
 GRACE = 5.0  # seconds for the other processes to end by themselves, when one has failed
 PR_SET_PDEATHSIG = 1  # prctl(2)
-FAILED = 1
+
+
+class Report(NamedTuple):
+    """Why a process failed: `line` is empty for a defect of the code, which `trace` tells of."""
+
+    code: int
+    line: str
+    trace: str
 
 
 def under_torchrun() -> bool:
@@ -106,8 +114,8 @@ def spawn(work: Work, cfg: CfgNode, world: int) -> None:
     while not reports.empty():
         failures.append(reports.get())
     if received:
-        for _, message in failures[:1]:
-            print(message.rstrip(), file=sys.stderr)
+        for failure in failures[:1]:
+            print(f"error: {failure.line}" if failure.line else failure.trace.rstrip(), file=sys.stderr)
         sys.exit(128 + received[0])
     if any(codes):
         _tell(failures, codes)
@@ -163,22 +171,24 @@ def _wait(processes: list[mp.Process]) -> list[int]:
     return [process.exitcode or 0 for process in processes]
 
 
-def _tell(failures: list[tuple[int, str]], codes: list[int]) -> None:
+def _tell(failures: list[Report], codes: list[int]) -> None:
     """Say why the run ended, and end this process with a code that is not 0.
 
     A failure breaks the others' connections, and theirs may be noticed first: a user's mistake, then a process that a
     signal ended, are held for the cause before anything else.
     """
-    for code, message in failures:
-        if code == USER_ERROR_EXIT_CODE:
-            raise ValueError(message)
+    failures.sort(key=lambda failure: failure.code != USER_ERROR_EXIT_CODE)  # stable: else the first to come
+    if failures and failures[0].code == USER_ERROR_EXIT_CODE:
+        raise ValueError(failures[0].line)
     for rank, code in enumerate(codes):
         if code < 0:
             print(f"error: process {rank} of the run was ended by {signal.Signals(-code).name}", file=sys.stderr)
-            sys.exit(FAILED)
+            sys.exit(FAILURE_EXIT_CODE)
+    if failures and failures[0].line:
+        raise FloatingPointError(failures[0].line)
     if failures:
-        print(failures[0][1].rstrip(), file=sys.stderr)
-        sys.exit(failures[0][0])
+        print(failures[0].trace.rstrip(), file=sys.stderr)
+        sys.exit(failures[0].code)
     rank, code = next((rank, code) for rank, code in enumerate(codes) if code)
     if code <= 128:  # above, it has saved and ended as a signal told it
         print(f"error: process {rank} of the run ended with exit code {code}", file=sys.stderr)
@@ -191,13 +201,7 @@ def _spawned(rank: int, work: Work, cfg: CfgNode, world: int, reports: mp.Simple
     exit_on_signals()
     try:
         join(work, cfg, rank, world, rank)
-    except FloatingPointError as error:
-        code, message = FAILED, f"error: {error}"
     except Exception as error:
-        user = is_user_error(error)
-        code = USER_ERROR_EXIT_CODE if user else FAILED
-        message = str(error) if user else f"process {rank}:\n{traceback.format_exc()}"
-    else:
-        return
-    reports.put((code, message))
-    sys.exit(code)
+        code, line = ending(error) or (FAILURE_EXIT_CODE, "")
+        reports.put(Report(code, line, f"process {rank}:\n{traceback.format_exc()}"))
+        sys.exit(code)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from datasets.list_output import MISSING, list_files, path_prefix, write_files
-from datasets.list_selection import Exclusions, excluded_images, missing_images, read_exclusions, validation_images
+from datasets.list_selection import Exclusions, excluded_images, read_exclusions, validation_images
 from datasets.list_sources import Listing, SourceError, read_csv, read_tree
+from datasets.missing import missing_files
 
 OUT = Path("datasets/data/landmark")
 DESCRIPTION = """\
@@ -157,9 +158,10 @@ def _without_excluded(listing: Listing, exclusions: Exclusions | None) -> tuple[
 
 
 def _without_missing(listing: Listing, root: Path, out: Path, allowed: int) -> tuple[Listing, int]:
-    missing = missing_images(root, listing.paths)
+    paths = [os.path.join(root, path) for path in listing.paths]
+    missing = missing_files(paths)
     indices = np.flatnonzero(missing)
-    named = "".join(f"{os.path.join(root, listing.paths[i])}\n" for i in indices).encode("utf-8", "backslashreplace")
+    named = "".join(f"{paths[i]}\n" for i in indices).encode("utf-8", "backslashreplace")
     if named or out.is_dir():
         write_files(out, {MISSING: named or None}, force=True)
     if not len(indices):

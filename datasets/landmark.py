@@ -13,10 +13,10 @@ import torch
 from numpy.random import PCG64, Generator, SeedSequence
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
-from tqdm import tqdm
 
 from datasets.batch_memory import BatchMemory
 from datasets.image import ImageError, ImageFile
+from datasets.missing import missing_files
 
 _MOST_REPLACED = 1000  # broken images in a row: then it is the disk that is broken
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -84,34 +84,13 @@ def _parse(line: str, where: str, num_classes: int | None) -> tuple[str, int]:
 
 
 def check_files(list_file: str | os.PathLike, paths: list[str]) -> None:
-    """Check that every path of a list (entry i from line i + 1) is a file; raises ListError naming the first missing.
-
-    Reads every folder once instead of asking for every file: over a network that is 4096 requests for GLDv2-clean
-    instead of 1.58 million.
-    """
-    wanted: dict[str, list[int]] = {}
-    for i, path in enumerate(paths):
-        wanted.setdefault(os.path.dirname(path), []).append(i)
-    missing = []
-    for folder, indices in tqdm(wanted.items(), desc="checking images", unit="folder", leave=False, delay=2):
-        present = _files_of(folder)
-        missing += [i for i in indices if os.path.basename(paths[i]) not in present]
-    if missing:
-        first = min(missing)
+    """Raises ListError naming the first path of a list (entry i from line i + 1) that is no file."""
+    missing = np.flatnonzero(missing_files(paths))
+    if len(missing):
         raise ListError(
-            f"{list_file}, line {first + 1}: no such image: {paths[first]} "
+            f"{list_file}, line {missing[0] + 1}: no such image: {paths[missing[0]]} "
             f"({len(missing)} of {len(paths)} listed images missing)"
         )
-
-
-def _files_of(folder: str) -> set[str]:
-    try:
-        with os.scandir(folder or ".") as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-    except OSError as error:
-        raise ListError(f"{folder}: the folder cannot be listed ({error.strerror})") from error
 
 
 class Batch(NamedTuple):

@@ -4,12 +4,12 @@ The order of an epoch is a function of (seed, epoch). Global batch b is entries 
 every rank takes a contiguous share of it: a run sees the same global batches on any number of devices.
 """
 
-import atexit
 import ctypes
 import signal
 import sys
 import weakref
 from collections.abc import Iterator
+from multiprocessing.util import Finalize
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from datasets.image import ImageError
 from datasets.landmark import Batch, LandmarkDataset
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 SAMPLINGS = ("uniform", "class_balanced")
 
 
@@ -148,7 +149,8 @@ class ImageLoader(DataLoader):
         iterator = super().__iter__()  # the first time this starts the workers
         if self.num_workers and not self._ends_with_process:
             self._ends_with_process = True
-            atexit.register(_shut_down, weakref.ref(iterator))
+            # Not atexit: a process that multiprocessing has started does not come to it. Before its queues close (10).
+            Finalize(None, _shut_down, args=(weakref.ref(iterator),), exitpriority=100)
         for batch in iterator:
             if isinstance(batch, ImageError):
                 if self.num_workers:
@@ -201,12 +203,19 @@ def _shut_down(reference: weakref.ref) -> None:
 
 
 def _init_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group: the main process handles it and ends its workers.
+    # Ctrl-C, and SIGTERM from SLURM, reach the whole process group: the main process handles them and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _outlive_once)
+    if sys.platform == "linux":  # nobody is left to end a worker whose main process was killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # One thread a worker (PyTorch sets its own count to 1). 0 switches OpenCV's thread pool off; any other number
     # would first wait for the pool's threads to end, which a forked process does not have: it hangs.
     cv2.setNumThreads(0)
     _keep_memory()
+
+
+def _outlive_once(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)  # the next one may come from the main process, to end a worker that hangs
 
 
 def _keep_memory() -> None:

@@ -117,7 +117,6 @@ class FastTrainTransform:
     """
 
     size: int
-    reduce: bool = True  # whether to decode at reduced size
     dtype = np.uint8
 
     def write(self, file: ImageFile, rng: np.random.Generator, out: np.ndarray) -> np.ndarray:
@@ -126,7 +125,7 @@ class FastTrainTransform:
         if whole is not None:
             draw = draw_train(rng, *whole)
             box = _box(draw, *whole, self.size)
-            fitting = (f for f in file.reductions if self.reduce and f * self.size <= min(box[2:]))
+            fitting = (f for f in file.reductions if f * self.size <= min(box[2:]))
             reduction = max(fitting, default=1)
             end = min(whole[0], math.ceil(box[0] + box[2]) + 1)
             image = file.decode(reduction) if reduction > 1 else file.decode_rows(end)

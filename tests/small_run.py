@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -103,6 +104,27 @@ def python(*args, cwd: Path, timeout: float = 300) -> subprocess.CompletedProces
     """Run `python ARGS` from the folder `cwd` as a process of its own; its output is text."""
     command = [sys.executable, *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=child_environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def script(folder: Path, source: str) -> Path:
+    """Write a program to FOLDER/script.py."""
+    path = folder / "script.py"
+    path.write_text(source)
+    return path
+
+
+def start(path: Path, *args: str, **environment: str) -> subprocess.Popen:
+    """Start a program that can import ours from anywhere, as a process of its own; its output is text."""
+    env = child_environment() | {"PYTHONPATH": str(ROOT)} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [sys.executable, str(path), *args],
+        cwd=path.parent,
+        env=env,
+        # A test run started in the background ignores SIGINT and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **pipes,
+    )
 
 
 def messages(stderr: str) -> list[str]:

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -167,6 +168,21 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
         file.touch()
     remove_unfinished(tmp_path)
     assert sorted(path.parent.iterdir()) == sorted(others)
+
+
+def test_a_disk_that_is_full_is_named_and_leaves_what_was_there(tmp_path):
+    """The limit of a process on the size of its files fails in the same place."""
+    (path,) = written(tmp_path, (1, 0))
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    content = {**CONTENT, "model_state": {"weight": torch.zeros(300, 300)}}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            write_checkpoint(content, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(path)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
 # ------------------------------------------------------------------------------------ killed in the middle of a save

@@ -1,8 +1,5 @@
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +15,13 @@ from tests.small_run import (
     ROOT,
     SMALL_MODEL,
     SMALL_TRAINING,
-    child_environment,
     free_port,
     landmarks,
     messages,
     overrides,
     python,
+    script,
+    start,
 )
 
 # One process that is told by its environment whether it is one of several, as torchrun's are.
@@ -77,24 +75,6 @@ def work(cfg):
 
 launch(work, load_cfg(None, sys.argv[1:]))
 """
-
-def script(folder: Path, source: str) -> Path:
-    path = folder / "script.py"
-    path.write_text(source)
-    return path
-
-
-def start(path: Path, *args: str, **environment: str) -> subprocess.Popen:
-    env = child_environment() | {"PYTHONPATH": str(ROOT)} | environment
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [sys.executable, str(path), *args],
-        cwd=path.parent,
-        env=env,
-        # A test run started in the background ignores SIGINT and would hand that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **pipes,
-    )
 
 
 def ranks(world: int) -> Iterator[dict[str, str]]:

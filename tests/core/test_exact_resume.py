@@ -198,6 +198,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.PIPE,
                 text=True,
+                start_new_session=True,
                 # A test run started in the background ignores SIGINT and would hand that on.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
@@ -211,18 +212,19 @@ class Runner:
         deadline = time.monotonic() + 120
         while len(read_stats(self.lines())) < count and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         began = time.monotonic()
         _, err = process.communicate(timeout=100)
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 30
+        assert "Traceback" not in err, err
         return process.returncode, err
 
 
 @pytest.mark.parametrize(
-    ("world", "workers", "number", "after"), [(1, 2, signal.SIGINT, 4), (2, 0, signal.SIGTERM, 1)]
+    ("world", "workers", "number", "after"), [(1, 2, signal.SIGINT, 4), (2, 2, signal.SIGTERM, 1)]
 )
 def test_stopped_by_a_signal_and_started_again(data_dir, tmp_path, whole, world, workers, number, after):
-    """Real processes and real signals, against a run that nobody stopped."""
+    """Real processes; signals to all of the group at once, as from a terminal or SLURM: loader workers get them too."""
     (tmp_path / "b").mkdir()
     more = {"DATA_LOADER.NUM_WORKERS": workers, "TRAIN.KEEP_CHECKPOINTS": 1}
     stopped = Runner(tmp_path / "b", world, settings(data_dir, tmp_path / "b" / "out", **more))

@@ -3,8 +3,6 @@
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,13 +19,14 @@ from tests.small_run import (
     ROOT,
     SMALL_MODEL,
     SMALL_TRAINING,
-    child_environment,
     cut_short,
     free_port,
     landmarks,
     messages,
     overrides,
     python,
+    script,
+    start,
 )
 
 DIES_ONCE = """
@@ -95,25 +94,6 @@ def main():
 if __name__ == "__main__":
     main()
 """
-
-
-def script(folder: Path, source: str) -> Path:
-    path = folder / "script.py"
-    path.write_text(source)
-    return path
-
-
-def start(path: Path, *args: str, **environment: str) -> subprocess.Popen:
-    env = child_environment() | {"PYTHONPATH": str(ROOT)} | environment
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [sys.executable, str(path), *args],
-        cwd=path.parent,
-        env=env,
-        # A test run started in the background ignores SIGINT and would hand that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **pipes,
-    )
 
 
 @pytest.fixture(scope="module")

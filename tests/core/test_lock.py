@@ -40,8 +40,8 @@ def test_a_second_run_is_refused_until_the_first_is_dead_and_nothing_is_left(tmp
 
 def test_it_can_be_taken_again(tmp_path):
     for _ in range(2):
-        with folder_lock(tmp_path):
-            pass
+        with folder_lock(tmp_path) as locked:
+            assert locked
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import landmark
+from datasets import landmark, missing
 from datasets.image import ImageError
 from datasets.landmark import LandmarkDataset, ListError, check_files, read_list
 from datasets.transforms import (
@@ -107,8 +107,8 @@ def test_existing_images_pass_with_one_scan_a_folder_and_no_stat(tmp_path, monke
     paths = [str(tmp_path / name) for name in [*names, *names, "link.png"]]
     scanned = []
     scandir = os.scandir
-    monkeypatch.setattr(landmark.os, "scandir", lambda folder: scanned.append(folder) or scandir(folder))
-    monkeypatch.setattr(landmark.os, "stat", None)
+    monkeypatch.setattr(missing.os, "scandir", lambda folder: scanned.append(folder) or scandir(folder))
+    monkeypatch.setattr(missing.os, "stat", None)
     check_files("list.txt", paths)
     assert sorted(scanned) == sorted({os.path.dirname(path) for path in paths})
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from datasets import image as image_module
 from datasets import transforms
 from datasets.image import ImageFile
 from datasets.transforms import TrainDraw, draw_train, preprocess, scaled_size, transform_test, transform_train
@@ -409,16 +408,6 @@ def test_fast_draws_and_cuts_the_same_crop(tmp_path, monkeypatch, size, orientat
     assert boxes == 0 if width == 900 else boxes > 6
     if width != 900 and size != 100:
         assert (reductions > 0) == (size == 20 and len(file.reductions) > 1)
-
-
-def test_reduction_can_be_switched_off(tmp_path, monkeypatch):
-    cv2.imwrite(str(tmp_path / "a.jpg"), landscape(600, 800))
-    monkeypatch.setitem(image_module._FLAGS, 2, None)
-    monkeypatch.setitem(image_module._FLAGS, 4, None)
-    monkeypatch.setitem(image_module._FLAGS, 8, None)
-    out = np.zeros((20, 20, 3), np.uint8)
-    transforms.FastTrainTransform(20, reduce=False).write(ImageFile(tmp_path / "a.jpg"), np.random.default_rng(0), out)
-    assert out.any()
 
 
 @pytest.mark.parametrize("size", [20, 400])
