@@ -57,7 +57,9 @@ def entry_point(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
-        if threading.current_thread() is threading.main_thread():  # Python has signal handlers nowhere else
+        in_main_thread = threading.current_thread() is threading.main_thread()  # Python handles signals nowhere else
+        before = signal.getsignal(signal.SIGTERM)
+        if in_main_thread:
             exit_on_signals(signal.SIGTERM)
         try:
             return main(*args, **kwargs)
@@ -71,6 +73,9 @@ def entry_point(main: Callable) -> Callable:
             code, line = expected
             print(f"error: {line}", file=sys.stderr)
             sys.exit(code)
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGTERM, before)
 
     return wrapper
 
