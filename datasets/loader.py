@@ -4,6 +4,7 @@ The order of an epoch is a function of (seed, epoch). Global batch b is entries 
 every rank takes a contiguous share of it: a run sees the same global batches on any number of devices.
 """
 
+import atexit
 import ctypes
 import signal
 import sys
@@ -22,6 +23,7 @@ from datasets.landmark import Batch, LandmarkDataset
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+_LAST_SECONDS = 60  # of a worker after SIGTERM: the run has saved and ended by then
 SAMPLINGS = ("uniform", "class_balanced")
 
 
@@ -149,7 +151,9 @@ class ImageLoader(DataLoader):
         iterator = super().__iter__()  # the first time this starts the workers
         if self.num_workers and not self._ends_with_process:
             self._ends_with_process = True
-            # Not atexit: a process that multiprocessing has started does not come to it. Before its queues close (10).
+            # Before PyTorch's own atexit handler, after which it shuts nothing down. A process that multiprocessing has
+            # started does not come to atexit: there it is done before its queues close (priority 10).
+            atexit.register(_shut_down, weakref.ref(iterator))
             Finalize(None, _shut_down, args=(weakref.ref(iterator),), exitpriority=100)
         for batch in iterator:
             if isinstance(batch, ImageError):
@@ -216,6 +220,7 @@ def _init_worker(worker: int) -> None:
 
 def _outlive_once(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_DFL)  # the next one may come from the main process, to end a worker that hangs
+    signal.alarm(_LAST_SECONDS)  # or this one did
 
 
 def _keep_memory() -> None:
