@@ -118,11 +118,24 @@ _C.DATA_LOADER.PIN_MEMORY = True  # page-locked batches, for faster copies to th
 _C.INFER = CfgNode()
 _C.INFER.DATASETS = ["roxford5k", "rparis6k"]  # Revisited sets to extract and score
 _C.INFER.DATA_DIR = "datasets/data"  # a set is DATA_DIR/<name>/gnd_<name>.pkl and DATA_DIR/<name>/jpg/
-_C.INFER.IMAGES = ""  # a folder of images without ground truth, extracted in place of the sets
+_C.INFER.IMAGES = ""  # a folder, a list file or tar archives, extracted in place of the sets
 _C.INFER.CROP_QUERY = True  # crop queries to their box (the protocol); False for the other published numbers
 _C.INFER.SCALES = [0.3535, 0.5, 0.7071, 1.0, 1.4142]  # an image is described at each, and the mean is taken
 _C.INFER.TOTAL_NUM = 1  # shards the images are split into (the release's default was 4)
 _C.INFER.CUT_NUM = 1  # this process's shard, 1 .. TOTAL_NUM
+_C.INFER.CHUNK_SIZE = 128  # images written at once: what a restart may have to do again
+_C.INFER.BATCH_SIZE = 0  # images of one size described together; 0: 1 on the CPU, 8 on a GPU
+_C.INFER.NUM_WORKERS = -1  # processes that decode ahead of the network, for each shard; -1: 4 on a GPU, none on the CPU
+_C.INFER.PRECISION = "fp32"  # fp32 | bf16 | fp16 of the network; the descriptor is float32 in all of them
+_C.INFER.COMPILE = False  # torch.compile of the network
+_C.INFER.THREADS = 1  # of a shard on the CPU; sums in float32 depend on it
+_C.INFER.SKIP_BROKEN = 0  # so many images of a collection may be rejected and listed; 0: the first one stops
+_C.INFER.MIN_SIDE = 16  # pixels; an image, or a query's box, with a shorter side is rejected
+_C.INFER.MAX_ASPECT = 50.0  # so is one whose longer side is more than this times the shorter
+_C.INFER.MAX_PIXELS = 2**26  # and one whose header tells of more pixels, before it is decoded
+_C.INFER.MAX_LEVEL_PIXELS = 2**24  # an image with more at its largest scale is made smaller first
+_C.INFER.DTYPE = "float32"  # float32 | float16 of the descriptors on disk
+_C.INFER.EXPORT = []  # also write them as: mat, npz
 
 # --------------------------------------------------------------------------------------------------------- devices
 _C.NUM_GPUS = 1  # one process a GPU; 0 is the CPU. Under torchrun its process count decides, this only GPU or CPU

@@ -21,9 +21,12 @@ CHOICES = {
     "TRAIN.SAMPLING": ("uniform", "class_balanced"),
     "TRAIN.FREEZE_AT": (0, 1, 2, 3, 4, 5),
     "DATA_LOADER.MODE": ("exact", "fast"),
+    "INFER.PRECISION": ("fp32", "bf16", "fp16"),
+    "INFER.DTYPE": ("float32", "float16"),
     "LOG_DEST": ("stdout", "file"),
     "DIST_BACKEND": ("nccl", "gloo"),
 }
+EXPORTS = ("mat", "npz")
 AT_LEAST_ONE = (
     "MODEL.NUM_CLASSES",
     "MODEL.HEADS.REDUCTION_DIM",
@@ -38,6 +41,12 @@ AT_LEAST_ONE = (
     "LOG_PERIOD",
     "DIST_TIMEOUT",
     "INFER.TOTAL_NUM",
+    "INFER.CHUNK_SIZE",
+    "INFER.THREADS",
+    "INFER.MIN_SIDE",
+    "INFER.MAX_ASPECT",
+    "INFER.MAX_PIXELS",
+    "INFER.MAX_LEVEL_PIXELS",
 )
 NOT_NEGATIVE = (
     "OPTIM.BASE_LR",
@@ -50,6 +59,8 @@ NOT_NEGATIVE = (
     "TRAIN.CHECKPOINT_ITERS",
     "TRAIN.KEEP_CHECKPOINTS",
     "DATA_LOADER.SKIP_BROKEN",
+    "INFER.SKIP_BROKEN",
+    "INFER.BATCH_SIZE",
     "BN.CUSTOM_WEIGHT_DECAY",
     "MODEL.HEADS.MARGIN",
     "DATA_LOADER.NUM_WORKERS",
@@ -167,6 +178,10 @@ def _check_extraction(cfg: CfgNode) -> None:
         raise ConfigError(f"INFER.SCALES {cfg.INFER.SCALES} must be numbers above 0")
     if len(set(cfg.INFER.DATASETS)) != len(cfg.INFER.DATASETS):
         raise ConfigError(f"INFER.DATASETS {cfg.INFER.DATASETS} names a set twice")
+    if cfg.INFER.NUM_WORKERS < -1:
+        raise ConfigError(f"INFER.NUM_WORKERS is {cfg.INFER.NUM_WORKERS}, it must be 0 or more, or -1")
+    if not set(cfg.INFER.EXPORT) <= set(EXPORTS):
+        raise ConfigError(f"INFER.EXPORT {cfg.INFER.EXPORT} must be some of: {', '.join(EXPORTS)}")
 
 
 def _get(cfg: CfgNode, key: str):

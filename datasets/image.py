@@ -1,237 +1,230 @@
 """Decoding of one photograph: the pixels that `cv2.imread(path)` gives, or an ImageError that says what is wrong.
 
-Rules, all of them OpenCV's (`IMREAD_COLOR`), so that pixels equal the published code's byte for byte:
+Formats, told by content and not by name: JPEG, PNG, BMP, WebP, TIFF. Rules, all of them OpenCV's (`IMREAD_COLOR`), so
+that pixels equal the published code's byte for byte:
 
 - the result is uint8 [H, W, 3] in the order blue, green, red, C-contiguous;
 - an EXIF orientation is applied: the array is upright, and H and W are those after the rotation;
 - grey becomes three equal channels; a palette is expanded;
-- 16 bits a channel become 8 by keeping the high byte (`value >> 8`, no rounding);
-- alpha is dropped, not blended: the colour under a transparent pixel stays;
-- CMYK and YCCK JPEGs are converted by OpenCV's simple formula, without any colour profile;
-- an embedded ICC profile is ignored.
+- 16 bits a channel become 8 by keeping the high byte (`value >> 8`, no rounding), in a TIFF with colour by rounding
+  `value * 255 / 65535`; TIFFs of 32 and 64 bits, floats and signed numbers are refused;
+- alpha is dropped, not blended: the colour under a transparent pixel stays. Only in a TIFF, where alpha is marked as
+  not yet multiplied in, libtiff multiplies it in: transparent pixels are black;
+- CMYK and YCCK are converted by OpenCV's simple formula, without any colour profile;
+- an embedded ICC profile is ignored;
+- of several images in a file the first counts: a TIFF's first page, a JPEG's main image, an animated PNG's still one.
+  An animated WebP is refused, and a TIFF that begins with a thumbnail, as raw photographs do.
 
-Stricter than `imread` in one point: libjpeg fills the missing part of a truncated JPEG with grey and only prints a
-warning. Such a file is refused here. JPEG and PNG are checked before decoding, so that no library prints anything
-about them; other formats (WebP, TIFF, BMP, ...) are refused by OpenCV itself when they are cut off. Flipped bits
-inside compressed data are not detected.
+Stricter than `imread`:
 
-All of this holds for a decode at reduced size too (`ImageFile.decode`, for JPEG): libjpeg then leaves the high
-frequencies out, which averages blocks of pixels and takes about 60 % of the time.
+- a file that is cut off is refused, in a JPEG also one whose compressed data end early or are left over: libjpeg fills
+  what is missing with grey and only prints a warning. Flipped bits that leave the data readable are not detected, nor
+  is damage in WebP, in BMP and in TIFFs that are neither plain nor deflated. PNGs carry checksums and are checked;
+- MAX_PIXELS, MAX_BYTES and bounds on the number of scans, segments and chunks keep a decode below 1 GB and, for what
+  expands from a small file, 5 seconds. The size is read from the header, before anything is decoded, and compared with
+  what is decoded.
 
-Where simplejpeg is installed, it decodes the upper part of a JPEG where no more is needed (`ImageFile.decode_rows`):
-the same pixels, since both are libjpeg-turbo. As a decoder it is no faster than OpenCV. Tried: the same with OpenCV,
-which then complains on stderr; its fast DCT, which gains 3 % and moves pixels by up to 9 levels.
+All of this holds for a decode at reduced size too (`ImageFile.decode`, for JPEG), but for damage inside the compressed
+data: libjpeg then leaves the high frequencies out, which averages blocks of pixels and takes about 60 % of the time.
+
+Where simplejpeg is installed, it decodes JPEGs: the same pixels, since both are libjpeg-turbo, but libjpeg's warnings
+are told instead of printed, and the upper part can be decoded where no more is needed (`ImageFile.decode_rows`).
+Without it the warnings go to stderr, and data that end early are not detected. Tried: decoding the upper part with
+OpenCV, which then complains on stderr; its fast DCT, which gains 3 % and moves pixels by up to 9 levels.
 """
 
 import os
 import re
-from typing import NamedTuple
+import stat
 
 import cv2
 import numpy as np
+
+from datasets.image_header import ImageError, Size, format_of, read_bmp, read_webp
+from datasets.image_jpeg import Frame, read_jpeg
+from datasets.image_png import cleaned, read_png
+from datasets.image_tiff import Tiff
 
 try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
 
-# A marker that is neither a stuffed zero (FF 00), a fill byte (FF FF) nor a restart (FF D0 .. FF D7).
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_TEM, _SOI, _EOI, _SOS = 0x01, 0xD8, 0xD9, 0xDA
-_SEQUENTIAL_FRAMES = (0xC0, 0xC1)
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_APP1 = 0xE1
-_MOST_PIXELS = 2**30  # OpenCV refuses more
+MAX_PIXELS = 2**26  # 8192 x 8192; decoding that many takes up to 0.8 GB
+MAX_BYTES = 2**28
+_MAX_SIDE = 65_500  # libjpeg's bound
 _FLAGS = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_READERS = {"BMP": read_bmp, "PNG": read_png, "TIFF": lambda data: Tiff(data).size, "WebP": read_webp}
+# After these libjpeg goes on although pixels are missing or wrong. A few bytes too many before a marker do no harm.
+_DAMAGE = re.compile(r"premature end|bad Huffman code|instead of RST|\d{3} extraneous", re.IGNORECASE)
+# (Transpose?, mirror), to be applied in this order; the mirror is cv2.flip's.
+_TURNS = {2: (False, 1), 3: (False, -1), 4: (False, 0), 5: (True, None), 6: (True, 1), 7: (True, -1), 8: (True, 0)}
 
 
-class ImageError(ValueError):
-    """A file that is not a complete, readable image; the message is one line: path and reason."""
-
-
-def decode(path: str | os.PathLike) -> np.ndarray:
+def decode(path: str | os.PathLike, data: bytes | None = None, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The image in `path` as uint8 [H, W, 3], BGR, C-contiguous (the rules stand at the top of this file).
 
-    Raises ImageError for a file that is missing, unreadable, a folder, empty, truncated or not an image.
+    If `data` is given, it is the file's content and nothing is read: `path` is only its name in messages.
+    Raises ImageError for what is missing, unreadable, no regular file, empty, cut off, too large or not an image.
     """
-    return ImageFile(path).decode()
+    return ImageFile(path, data, max_pixels=max_pixels).decode()
 
 
 class ImageFile:
-    """The bytes of an image file that is there and not cut off; whether they can be decoded is seen by decoding."""
+    """The bytes of an image file of a known format and a size within bounds; the rest is seen by decoding."""
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        """Reads the file. Raises ImageError as `decode` does, but for a file that is not an image."""
-        self.path, self._data = path, _read(path)
-        self._is_jpeg = self._data.startswith(b"\xff\xd8\xff")
-        if self._is_jpeg and not _jpeg_is_complete(self._data):
-            raise ImageError(f"{path}: truncated or damaged JPEG (no end-of-image marker behind its scans)")
-        if self._data.startswith(_PNG_SIGNATURE) and not _png_is_complete(self._data):
-            raise ImageError(f"{path}: truncated or damaged PNG (no IEND chunk at its end)")
+    def __init__(self, path: str | os.PathLike, data: bytes | None = None, *, max_pixels: int = MAX_PIXELS) -> None:
+        """Reads the file, unless its `data` are given. Raises ImageError as `decode` does."""
+        self.path, self._data = path, _read(path) if data is None else data
+        self._frame: Frame | None = None
+        try:
+            self._stored = self._read_header(max_pixels)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from None
 
-        self._frame = _jpeg_frame(self._data) if self._is_jpeg else None
+    def _read_header(self, max_pixels: int) -> Size:
+        """The size as stored. Raises ImageError without the path."""
+        if not self._data:
+            raise ImageError("the file is empty")
+        if len(self._data) > MAX_BYTES:
+            raise ImageError(_too_many_bytes(len(self._data)))
+        self._format = format_of(self._data)
+        if self._format == "JPEG":
+            self._frame = read_jpeg(self._data)
+            size = self._frame.size
+        else:
+            size = _READERS[self._format](self._data)
+        if min(size) == 0:
+            raise ImageError("an image without pixels")
+        if size.height * size.width > max_pixels:
+            raise ImageError(f"{size.width} x {size.height} pixels, more than {max_pixels} (mend: make it smaller)")
+        if max(size) > _MAX_SIDE:
+            raise ImageError(f"{size.width} x {size.height} pixels, more than {_MAX_SIDE} a side (mend: cut it)")
+        return size
 
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of the upright image, of a JPEG with a plain header: told without decoding. Else None."""
-        if self._frame is None:
-            return None
-        height, width = self._frame.height, self._frame.width
-        return (width, height) if self._frame.orientation in (5, 6, 7, 8) else (height, width)
+        return self._frame.upright if self._frame is not None else None
 
     @property
     def reductions(self) -> list[int]:
         """By how much `decode` can reduce: 1, and some of 2, 4 and 8 if the size is told."""
-        if self._frame is None:
+        if self.size is None:
             return [1]
         # Blocks are counted from a corner of the stored image; turned round, the corner must lie on a block's edge.
-        sides = self._frame.height, self._frame.width
-        return [f for f in _FLAGS if self._frame.orientation == 1 or all(side % f == 0 for side in sides)]
+        return [f for f in _FLAGS if self._frame.orientation == 1 or all(side % f == 0 for side in self.size)]
 
     def decode(self, reduction: int = 1) -> np.ndarray:
         """uint8 [H, W, 3] BGR; with a reduction f of `reductions` [ceil(H / f), ceil(W / f), 3].
 
         Pixel (y, x) is then about the mean of the pixels f y .. f y + f - 1, f x .. f x + f - 1. Raises ImageError.
         """
-        level = cv2.utils.logging.setLogLevel(0)  # silent: what OpenCV would print is told by the exception
         try:
-            image = cv2.imdecode(np.frombuffer(self._data, np.uint8), _FLAGS[reduction])
-        except cv2.error as error:  # e.g. more than 2**30 pixels
-            raise ImageError(f"{self.path}: OpenCV refuses this image ({error.err})") from error
-        finally:
-            cv2.utils.logging.setLogLevel(level)
-        if image is None:
-            raise ImageError(f"{self.path}: not an image that OpenCV can read")
-        if image.size == 0:
-            raise ImageError(f"{self.path}: an image without pixels")
+            image = self._by_libjpeg() if reduction == 1 else None
+            if image is None:
+                image = self._by_opencv(reduction)
+            self._check_size(image, reduction)
+        except ImageError as error:
+            raise ImageError(f"{self.path}: {error}") from error
         return image
 
     def decode_rows(self, end: int) -> np.ndarray:
-        """`decode()[:n]` for some n >= `end`, or all of it: as few rows as can be decoded alone. Raises ImageError."""
+        """`decode()[:n]` for some n >= `end`, or all of it: as few rows as can be decoded alone. Raises ImageError.
+
+        Where rows are decoded alone, damage inside the compressed data is not looked for.
+        """
         frame = self._frame
-        if simplejpeg is None or frame is None or not frame.by_rows or end + 1 >= frame.height:
+        if simplejpeg is None or frame is None or not frame.by_rows or end + 1 >= frame.size.height:
             return self.decode()
         # Entropy-coded data are read from top to bottom: with a smaller height in the header the decoder stops there.
         # The last row is not as it should be, since its colour is interpolated with the next one's.
         shortened = self._data[: frame.at] + (end + 1).to_bytes(2, "big") + self._data[frame.at + 2 :]
+        rows = _lenient(shortened, Size(end + 1, frame.size.width))
+        return self.decode() if rows is None else rows[:-1]
+
+    def _by_libjpeg(self) -> np.ndarray | None:
+        """What OpenCV gives for a JPEG, or None if OpenCV has to do it. Raises ImageError if pixels are missing."""
+        frame = self._frame
+        if simplejpeg is None or frame is None or frame.orientation is None or frame.components not in (1, 3, 4):
+            return None
         try:
-            # Not strict: as OpenCV, it goes on where the data are damaged.
-            return simplejpeg.decode_jpeg(shortened, "BGR", strict=False)[:-1]
-        except ValueError:  # what this JPEG is, OpenCV decides
-            return self.decode()
+            image = simplejpeg.decode_jpeg(self._data, "CMYK" if frame.components == 4 else "BGR")
+        except ValueError as error:
+            if _DAMAGE.search(str(error)):
+                raise ImageError(f"damaged JPEG ({error})") from error
+            image = _lenient(self._data, frame.size) if frame.plain else None
+        if image is None or not frame.plain:  # the rest, CMYK included, has only been looked at for damage
+            return None
+        transpose, mirror = _TURNS.get(frame.orientation, (False, None))
+        image = cv2.transpose(image) if transpose else image
+        return image if mirror is None else cv2.flip(image, mirror)
+
+    def _by_opencv(self, reduction: int) -> np.ndarray:
+        data = self._data
+        if self._format == "PNG":
+            data = cleaned(data)
+        elif self._format == "TIFF":
+            Tiff(data).check_pixels()
+        level = cv2.utils.logging.setLogLevel(0)  # silent: what OpenCV would print is told by the exception
+        try:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), _FLAGS[reduction])
+        except cv2.error as error:
+            raise ImageError(f"OpenCV refuses this image ({error.err})") from error
+        finally:
+            cv2.utils.logging.setLogLevel(level)
+        if image is None:
+            raise ImageError(f"truncated or damaged {self._format} (OpenCV cannot read it)")
+        return image
+
+    def _check_size(self, image: np.ndarray, reduction: int) -> None:
+        """What is decoded must be what the header says: a file can hold several images."""
+        upright = self._frame.upright if self._frame is not None else None
+        expected = tuple(-(-side // reduction) for side in upright or self._stored)
+        if image.shape[:2] != expected and (upright is not None or image.shape[1::-1] != expected):
+            height, width = image.shape[:2]
+            raise ImageError(
+                f"damaged {self._format} ({self._stored.width} x {self._stored.height} pixels by its header, "
+                f"{width} x {height} decoded)"
+            )
+
+
+def _lenient(jpeg: bytes, size: Size) -> np.ndarray | None:
+    """uint8 [H, W, 3] as OpenCV has it, which goes on where the data are damaged. None if that is not possible.
+
+    simplejpeg returns memory as it was if a warning comes before an error: nothing has been written to the last row.
+    """
+    image = np.empty((*size, 3), np.uint8)
+    image[-1] = mark = np.arange(3 * size.width, dtype=np.uint16).reshape(-1, 3) * 37 % 251
+    try:
+        simplejpeg.decode_jpeg(jpeg, "BGR", buffer=image, strict=False)
+    except ValueError:
+        return None
+    return None if np.array_equal(image[-1], mark) else image
 
 
 def _read(path: str | os.PathLike) -> bytes:
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        # Without O_NONBLOCK a named pipe would be waited for.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"{path}: not a regular file (a pipe or device)")
+            if status.st_size > MAX_BYTES:
+                raise ImageError(f"{path}: {_too_many_bytes(status.st_size)}")
+            return file.read()
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise ImageError(f"{path}: a folder, not an image file") from error
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
-    if not data:
-        raise ImageError(f"{path}: the file is empty")
-    return data
 
 
-def _jpeg_is_complete(data: bytes) -> bool:
-    """Whether an end-of-image marker (FF D9) stands behind the scans; bytes behind it are allowed.
-
-    Walks from segment to segment by their lengths, so that an FF D9 inside one (an EXIF thumbnail ends with it) is
-    never taken for the end. Compressed data cannot hold a marker: an FF there is followed by 00 or is a restart.
-    """
-    position, components = 2, None
-    while (match := _MARKER.search(data, position)) is not None:
-        position = match.end()
-        marker = data[position - 1]
-        if marker == _EOI:
-            return True
-        if marker == _SOI:  # the file was cut and another image begins
-            return False
-        if marker == _TEM:
-            continue
-        end = position + int.from_bytes(data[position : position + 2], "big")
-        if marker in _SEQUENTIAL_FRAMES:
-            components = data[position + 7 : position + 8]
-        if marker == _SOS:
-            # One scan with every component is the whole image, nothing but its compressed data follows: if the file
-            # ends with FF D9, that is the end marker. Saves searching the data (1 to 3 % of the decoding time).
-            whole = data[position + 2 : position + 3] == components
-            if whole and end + 2 <= len(data) and data.endswith(b"\xff\xd9"):
-                return True
-        position = end
-    return False
-
-
-class _Frame(NamedTuple):
-    """What stands in a JPEG's header."""
-
-    at: int  # where the height stands, two bytes
-    height: int
-    width: int
-    orientation: int
-    by_rows: bool  # upright, 8 bits, grey or colour, in one sequential scan: its upper part can be decoded alone
-
-
-def _jpeg_frame(data: bytes) -> _Frame | None:
-    """Read the segments up to the first scan; None if anything about the size is odd."""
-    position, orientation, frame = 2, None, None
-    while (match := _MARKER.search(data, position)) is not None:
-        marker, start = data[match.end() - 1], match.end()
-        position = start + int.from_bytes(data[start : start + 2], "big")
-        if marker == _APP1 and data[start + 2 : start + 8] == b"Exif\0\0":
-            if orientation is not None:  # a second one: which of them counts?
-                return None
-            orientation = _exif_orientation(data[start + 8 : position])
-            if orientation is None:
-                return None
-        elif marker in _FRAMES:
-            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (start + 3, start + 5))
-            if frame is not None or not 0 < height * width <= _MOST_PIXELS:
-                return None
-            components = data[start + 7 : start + 8]
-            plain = marker in _SEQUENTIAL_FRAMES and data[start + 2] == 8 and components in (b"\1", b"\3")
-            frame = _Frame(start + 3, height, width, 1, plain)
-        elif marker == _SOS:
-            if frame is None:
-                return None
-            by_rows = frame.by_rows and data[start + 2 : start + 3] == components and orientation in (None, 1)
-            return frame._replace(orientation=orientation or 1, by_rows=by_rows)
-    return None
-
-
-def _exif_orientation(tiff: bytes) -> int | None:
-    """The orientation in the first directory, 1 if it has none, None if this is not understood."""
-    order = {b"II*\0": "little", b"MM\0*": "big"}.get(tiff[:4])
-    if order is None:
-        return None
-
-    def number(at: int, length: int) -> int:
-        return int.from_bytes(tiff[at : at + length], order)
-
-    directory = number(4, 4)
-    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
-        if entry + 12 > len(tiff):
-            return None
-        if number(entry, 2) == 0x0112:
-            short = number(entry + 2, 2) == 3 and number(entry + 4, 4) == 1
-            return number(entry + 8, 2) if short else None
-    return 1
-
-
-def _png_is_complete(data: bytes) -> bool:
-    """Whether the chunks lead to a complete IEND; bytes behind it are allowed."""
-    position = len(_PNG_SIGNATURE)
-    while position + 12 <= len(data):  # length, type and checksum take 4 bytes each
-        if data[position + 4 : position + 8] == b"IEND":
-            return True
-        position += 12 + int.from_bytes(data[position : position + 4], "big")
-    return False
+def _too_many_bytes(found: int) -> str:
+    return f"{found} bytes, more than {MAX_BYTES} (mend: compress it, or make it smaller)"

@@ -157,15 +157,21 @@ class ImageLoader(DataLoader):
             Finalize(None, _shut_down, args=(weakref.ref(iterator),), exitpriority=100)
         for batch in iterator:
             if isinstance(batch, ImageError):
-                if self.num_workers:
-                    # Left to the garbage collector with the traceback that holds them, workers are not told to stop
-                    # and are waited for in vain, 5 s each. Another iteration starts new ones.
-                    iterator._shutdown_workers()
-                    self._iterator, self._ends_with_process = None, False
+                self.close()
                 raise batch
             if isinstance(batch, Batch) and batch.images.is_floating_point():
                 batch = batch._replace(images=batch.images.permute(0, 3, 1, 2))
             yield batch
+
+    def close(self) -> None:
+        """End the workers; another iteration starts new ones.
+
+        Left to the garbage collector with a traceback that holds them, workers are not told to stop and are waited for
+        in vain, 5 s each.
+        """
+        if self.num_workers and self._iterator is not None:
+            self._iterator._shutdown_workers()
+            self._iterator, self._ends_with_process = None, False
 
 
 def make_loader(

@@ -9,7 +9,7 @@ from yacs.config import CfgNode
 from core.distributed import gather_objects, rank, world_size
 from core.progress import progress
 from evaler.images import ImageList, read_cropped, revisited_set
-from evaler.multiscale import describe
+from evaler.multiscale import describe_batch
 from model.classifier import Classifier
 from revisitop import groundtruth, protocol
 
@@ -26,15 +26,15 @@ def check_sets(cfg: CfgNode) -> None:
 def score_sets(cfg: CfgNode, network: nn.Module, poll: Callable[[], None]) -> dict[str, dict[str, float | None]]:
     """mAP in percent of each set of TEST.RETRIEVAL: set -> {easy, medium, hard}, None where no query has positives.
 
-    By the descriptors that extraction with INFER.SCALES and INFER.CROP_QUERY gives. A collective call: every process
-    describes its share, and calls `poll` before each image equally often.
+    By the descriptors that extraction with the same keys of INFER gives. A collective call: every process describes
+    its share, and calls `poll` before each image equally often.
     """
     descriptor = _Descriptor(network)
     scores = {}
     for name in cfg.TEST.RETRIEVAL:
         collections = revisited_set(cfg.INFER.DATA_DIR, name, crop_query=cfg.INFER.CROP_QUERY)
         vectors = {
-            collection: _describe_all(descriptor, images, cfg.INFER.SCALES, f"{name} {collection}", poll)
+            collection: _describe_all(descriptor, images, cfg.INFER, f"{name} {collection}", poll)
             for collection, images in collections.items()
         }
         truth = groundtruth.load(f"{cfg.INFER.DATA_DIR}/{name}/gnd_{name}.pkl")
@@ -56,7 +56,7 @@ class _Descriptor(nn.Module):
 
 
 def _describe_all(
-    network: nn.Module, images: ImageList, scales: list[float], title: str, poll: Callable[[], None]
+    network: nn.Module, images: ImageList, settings: CfgNode, title: str, poll: Callable[[], None]
 ) -> np.ndarray:
     """float32 [N, D], in the order of `images`, in every process."""
     world, own = world_size(), []
@@ -65,7 +65,8 @@ def _describe_all(
         poll()
         index = number * world + rank()
         if index < len(images):
-            image = read_cropped(images.paths[index], images.boxes[index])
-            own.append(describe(network, image, scales=scales).float().cpu().numpy())
+            image = read_cropped(images, index, max_pixels=settings.MAX_PIXELS)
+            vectors = describe_batch(network, image[None], scales=settings.SCALES, max_pixels=settings.MAX_LEVEL_PIXELS)
+            own.append(vectors[0])
     shares = gather_objects(own)
     return np.stack([shares[index % world][index // world] for index in range(len(images))])

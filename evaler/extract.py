@@ -1,6 +1,15 @@
-"""Descriptors of whole sets of images, written where evaluate.py finds them."""
+"""Descriptors of whole sets of images, in chunks that survive whatever ends the process.
 
+Every image of a list is accounted for: it has a descriptor, or stands among the rejected with the reason. Chunks are
+the same whoever makes them, so any number of shards, stopped at any time and started again, gives the same files.
+"""
+
+import contextlib
+import hashlib
+import os
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +19,57 @@ from yacs.config import CfgNode
 
 from core.builders import build_descriptor, load_tested_weights
 from core.config import load_cfg_from_args
-from core.environment import code_version, entry_point, is_user_error, sha256_file
-from core.progress import progress
-from evaler.features import Features, FeaturesError, load_shard, save
-from evaler.images import ImageList, image_folder, read_cropped, revisited_set
-from evaler.multiscale import describe
+from core.counter import Counter
+from core.environment import code_version, entry_point, sha256_file
+from core.lock import InUse, folder_lock
+from datasets.image import ImageError
+from evaler.chunks import PLACES, Plan, name_lines, plans, present, read_header, read_plan, write_chunk, write_plan
+from evaler.exports import export
+from evaler.features import Features, FeaturesError, Rejected, differing_keys, feature_path, load, read_manifest
+from evaler.images import ImageList, distractors, named_images, revisited_set
+from evaler.join import join, missing
+from evaler.multiscale import describe_batch
+from evaler.pictures import Broken, Limits, Picture, Pictures, by_size, decoded
+from model.inference import for_inference
+
+GPU_BATCH_SIZE, GPU_WORKERS = 8, 4  # where the configuration leaves it open
+DISTRACTORS = "revisitop1m"
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Extract what the configuration names; everything is checked before anything is written."""
-    cfg = load_cfg_from_args("Extract descriptors of Revisited sets, or of a folder of images.", argv)
+    cfg = load_cfg_from_args("Extract descriptors of Revisited sets, distractors, or images of one's own.", argv)
+    cut, total = which_shard(cfg)
     network, provenance = load_network(cfg)
-    sets = image_lists(cfg)
-    hashes = {name: {key: images.sha256() for key, images in collections.items()} for name, collections in sets.items()}
-    for name, collections in sets.items():
-        folder = Path(cfg.OUT_DIR) / "features" / name
-        extract_set(cfg, network, provenance, collections, hashes[name], folder)
-        print(f"{name}: descriptors are in {folder}")
+    jobs = [
+        Job.make(cfg, network, provenance, Path(cfg.OUT_DIR) / "features" / name, collection, images)
+        for name, collections in image_lists(cfg).items()
+        for collection, images in collections.items()
+    ]
+    waiting = [job for job in jobs if not job.is_there()]
+    for job in jobs:
+        if job not in waiting:
+            print(f"{job.title}: {len(job.images)} images are described already, in {job.parent}")
+    left = sum(job.images_left(cut, total) for job in waiting)
+    with Counter("extracting", unit="image", total=left) as counter:
+        for job in waiting:
+            job.extract(cut, total, counter)
+    for job in waiting:
+        print(job.finish())
+    for job in jobs:
+        if job.is_joined():
+            export(job.parent, job.plan.collection, cfg.INFER.EXPORT)
+
+
+def which_shard(cfg: CfgNode) -> tuple[int, int]:
+    """This process's shard and their number: under torchrun its rank and world size, else INFER.CUT_NUM, TOTAL_NUM."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return cfg.INFER.CUT_NUM, cfg.INFER.TOTAL_NUM
+    if cfg.INFER.TOTAL_NUM > 1:
+        raise ValueError(f"INFER.TOTAL_NUM {cfg.INFER.TOTAL_NUM}: under torchrun its processes are the shards; leave 1")
+    return int(os.environ["RANK"]) + 1, world
 
 
 def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
@@ -35,12 +77,18 @@ def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
     gpu = cfg.NUM_GPUS > 0 and torch.cuda.is_available()
     if cfg.NUM_GPUS and not gpu:
         print(f"note: NUM_GPUS is {cfg.NUM_GPUS}, but no GPU can be used here: the CPU is", file=sys.stderr)
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        torch.set_num_threads(cfg.INFER.THREADS)
     torch.backends.cudnn.allow_tf32 = False  # or cuDNN rounds the inputs of float32 convolutions to 10 bits
     network = build_descriptor(cfg)
     path, notes = load_tested_weights(cfg, network)
     print(f"weights: {path}, on the {torch.cuda.get_device_name() if gpu else 'CPU'}")
     for note in notes:
         print(note)
+    network = network.to("cuda" if gpu else "cpu", memory_format=torch.channels_last).eval()
+    batch_size = cfg.INFER.BATCH_SIZE or (GPU_BATCH_SIZE if gpu else 1)
     provenance = {
         "weights": str(path),
         "weights_sha256": sha256_file(path),
@@ -51,80 +99,213 @@ def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
         "bn_eps": cfg.BN.EPS,
         "scales": list(cfg.INFER.SCALES),
         "crop_query": cfg.INFER.CROP_QUERY,
-        "precision": "float32",
+        "precision": cfg.INFER.PRECISION,
+        "compiled": cfg.INFER.COMPILE,
+        "resize": "bilinear",
+        "max_level_pixels": cfg.INFER.MAX_LEVEL_PIXELS,
+        "batch_size": batch_size,
+        "device": "GPU" if gpu else "CPU",
         "code_version": code_version(),
         "torch": torch.__version__,
     }
-    return network.to("cuda" if gpu else "cpu", memory_format=torch.channels_last).eval(), provenance
+    if batch_size > 1:
+        provenance["chunk_size"] = cfg.INFER.CHUNK_SIZE  # which images share a batch
+    if not gpu:
+        provenance["threads"] = cfg.INFER.THREADS
+    return for_inference(network, precision=cfg.INFER.PRECISION, compiled=cfg.INFER.COMPILE), provenance
 
 
 def image_lists(cfg: CfgNode) -> dict[str, dict[str, ImageList]]:
     """Set -> collection -> images: INFER.IMAGES if it is given, else INFER.DATASETS."""
     if cfg.INFER.IMAGES:
-        images, others = image_folder(cfg.INFER.IMAGES)
-        if others:
-            note = f"note: {others} files in {cfg.INFER.IMAGES} have no image's extension and are left out"
-            print(note, file=sys.stderr)
-        return {Path(cfg.INFER.IMAGES).resolve().name: {"images": images}}
+        place = Path(cfg.INFER.IMAGES)
+        images, notes = named_images(place, cache_dir=Path(cfg.OUT_DIR) / "features")
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        return {place.resolve().stem if place.is_file() else place.resolve().name: {"images": images}}
     if not cfg.INFER.DATASETS:
-        raise ValueError("nothing to extract: name sets in INFER.DATASETS, or a folder in INFER.IMAGES")
+        raise ValueError("nothing to extract: name sets in INFER.DATASETS, or images in INFER.IMAGES")
     return {
-        name: revisited_set(cfg.INFER.DATA_DIR, name, crop_query=cfg.INFER.CROP_QUERY) for name in cfg.INFER.DATASETS
+        name: {"distractors": distractors(cfg.INFER.DATA_DIR, name)}
+        if name == DISTRACTORS
+        else revisited_set(cfg.INFER.DATA_DIR, name, crop_query=cfg.INFER.CROP_QUERY)
+        for name in cfg.INFER.DATASETS
     }
 
 
-def extract_set(
-    cfg: CfgNode,
-    network: nn.Module,
-    provenance: dict,
-    collections: dict[str, ImageList],
-    hashes: dict[str, str],
-    folder: Path,
-) -> None:
-    """Describe this process's shard of every collection, unless the same descriptors are there already.
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One collection to extract."""
 
-    The set is written when all of it is described, so that one with a broken image leaves nothing behind.
-    """
-    cut, total = cfg.INFER.CUT_NUM, cfg.INFER.TOTAL_NUM
-    described = {}
-    for collection, images in collections.items():
-        part = images.shard(cut, total)
-        expected = {**provenance, "list_sha256": hashes[collection]}
-        if is_there(folder, collection, expected, cut=cut, total=total):
-            print(f"{folder.name}: {len(part)} descriptors of {collection} are there already")
-            continue
-        title = f"{folder.name} {collection}" + (f" {cut}/{total}" if total > 1 else "")
-        described[collection] = extract(network, part, expected, scales=cfg.INFER.SCALES, title=title)
-    for collection, features in described.items():
-        save(folder, collection, features, cut=cut, total=total)
+    cfg: CfgNode
+    network: nn.Module
+    images: ImageList
+    parent: Path  # the folder of the set
+    plan: Plan
+    limits: Limits
+    _rejections: dict[int, int] = field(default_factory=dict)  # of chunks on disk, by number
 
+    @classmethod
+    def make(
+        cls, cfg: CfgNode, network: nn.Module, provenance: dict, parent: Path, collection: str, images: ImageList
+    ) -> "Job":
+        """Raises `ImageError` for an image that is missing, unless INFER.SKIP_BROKEN leaves room for it."""
+        plan = Plan(
+            collection,
+            len(images),
+            cfg.INFER.CHUNK_SIZE,
+            hashlib.sha256(name_lines(images.names)).hexdigest(),
+            cfg.INFER.DTYPE,
+            {**provenance, "list_sha256": images.sha256(missing_ok=cfg.INFER.SKIP_BROKEN > 0)},
+        )
+        limits = Limits(
+            tuple(cfg.INFER.SCALES),
+            cfg.INFER.MIN_SIDE,
+            cfg.INFER.MAX_ASPECT,
+            cfg.INFER.MAX_PIXELS,
+            cfg.INFER.MAX_LEVEL_PIXELS,
+        )
+        return cls(cfg, network, images, parent, plan, limits)
 
-def is_there(folder: Path, collection: str, provenance: dict, *, cut: int, total: int) -> bool:
-    """Whether a complete shard of this provenance lies in `folder`."""
-    try:
-        return load_shard(folder, collection, cut=cut, total=total).provenance == provenance
-    except FeaturesError:
-        return False  # absent or broken: it is written anew
+    @property
+    def title(self) -> str:
+        return f"{self.parent.name} {self.plan.collection}"
 
+    @property
+    def workers(self) -> int:
+        if self.cfg.INFER.NUM_WORKERS >= 0:
+            return self.cfg.INFER.NUM_WORKERS
+        return GPU_WORKERS if self.plan.provenance["device"] == "GPU" else 0
 
-def extract(network: nn.Module, images: ImageList, provenance: dict, *, scales: list[float], title: str) -> Features:
-    """Describe every image. Raises `ImageError` naming the first one that cannot be read."""
-    vectors, sizes = [], []
-    rows = zip(images.paths, images.boxes, strict=True)
-    with progress(rows, title, unit="image", total=len(images)) as bar:
-        for path, box in bar:
-            image = read_cropped(path, box)
+    @property
+    def folder(self) -> Path:
+        """Of the chunks."""
+        return self.plan.folder(self.parent)
+
+    def is_joined(self) -> bool:
+        """Whether the manifest of a complete collection is there, one that was extracted in this very way."""
+        try:
+            found = read_manifest(self.parent, self.plan.collection)
+        except FeaturesError:
+            return False
+        same = not differing_keys(found["provenance"], self.plan.provenance, but=PLACES)
+        return same and found["dtype"] == self.plan.dtype and len(found["rejected"]) <= self.cfg.INFER.SKIP_BROKEN
+
+    def is_there(self) -> bool:
+        """Whether the complete collection is, every byte as its manifest says."""
+        try:
+            load(self.parent, self.plan.collection)
+        except FeaturesError:
+            return False  # absent or broken: it is extracted anew
+        return self.is_joined()
+
+    def chunks_left(self, cut: int, total: int) -> list[int]:
+        there = present(self.folder)
+        return [number for number in self.plan.shard(cut, total) if number not in there]
+
+    def images_left(self, cut: int, total: int) -> int:
+        return sum(len(self.plan.rows(number)) for number in self.chunks_left(cut, total))
+
+    def extract(self, cut: int, total: int, counter: Counter) -> None:
+        """Write the chunks of a shard that are not there. Raises `ImageError` naming an image that cannot be used."""
+        for other in plans(self.parent):
+            if other.name.startswith(f"{self.plan.collection}.") and other != self.folder:
+                self._tell_of(other)
+        numbers = self.chunks_left(cut, total)
+        if not numbers:
+            return
+        with folder_lock(self.folder, shared=True):
+            write_plan(self.parent, self.plan)
+            indices = (index for number in numbers for index in self.plan.rows(number))
+            pictures = Pictures(self.images, self.limits)
+            with contextlib.closing(decoded(pictures, indices, workers=self.workers)) as stream:
+                for number in numbers:
+                    content = self._describe(stream, self.plan.rows(number), counter)
+                    write_chunk(self.folder, self.plan, number, content)
+
+    def _tell_of(self, folder: Path) -> None:
+        try:
+            other = read_plan(folder)
+        except FeaturesError as error:
+            print(f"note: {error}", file=sys.stderr)
+            return
+        keys = differing_keys(other.provenance, self.plan.provenance, but=PLACES)
+        keys += differing_keys(vars(other), vars(self.plan), but=("provenance",))
+        print(
+            f"note: {folder} holds {len(present(folder))} of {other.chunks} chunks of another extraction (differs in "
+            f"{', '.join(keys)}); delete it if it is not wanted",
+            file=sys.stderr,
+        )
+
+    def _describe(self, stream: Iterator[Picture | Broken], rows: range, counter: Counter) -> Features:
+        vectors: dict[int, np.ndarray] = {}
+        sizes: dict[int, tuple[int, int]] = {}
+        rejected: list[Rejected] = []
+
+        def usable() -> Iterator[Picture]:
+            for _ in rows:
+                item = next(stream)
+                if isinstance(item, Broken):
+                    rejected.append(Rejected(item.index, self.images.names[item.index], item.reason))
+                    self._check_rejected(rejected)
+                    counter.add(1)
+                else:
+                    yield item
+
+        for group in by_size(usable(), self.limits, batch_size=self.plan.provenance["batch_size"]):
+            pixels = torch.stack([picture.pixels for picture in group])
+            found = describe_batch(
+                self.network, pixels, scales=self.limits.scales, max_pixels=self.limits.max_level_pixels
+            )
+            for picture, vector in zip(group, found, strict=True):
+                vectors[picture.index], sizes[picture.index] = vector, picture.size
+            counter.add(len(group))
+        order, dim = sorted(vectors), self.cfg.MODEL.HEADS.REDUCTION_DIM
+        return Features(
+            [self.images.names[index] for index in order],
+            np.array([vectors[index] for index in order], np.float32).reshape(len(order), dim),
+            np.array([sizes[index] for index in order], np.int32).reshape(-1, 2),
+            self.plan.provenance,
+            rejected,
+            [machine()],
+        )
+
+    def _check_rejected(self, rejected: list[Rejected]) -> None:
+        """Raise `ImageError` if the last one is one too many, over all shards."""
+        most, last = self.cfg.INFER.SKIP_BROKEN, rejected[-1]
+        if len(rejected) + (self._rejected() if most else 0) > most:
+            more = f" (and {most} images are rejected already, all that INFER.SKIP_BROKEN allows)" if most else ""
+            raise ImageError(f"{self.images.source(last.index)}: {last.reason}{more}")
+
+    def _rejected(self) -> int:
+        """Images that the chunks on disk reject."""
+        for number in present(self.folder) - self._rejections.keys():
+            self._rejections[number] = len(read_header(self.folder, self.plan, number)["rejected"])
+        return sum(self._rejections.values())
+
+    def finish(self) -> str:
+        """Join the chunks if all of them are there, whichever shard made them; say how things stand."""
+        absent = len(missing(self.folder, self.plan))
+        if absent and not self.is_joined():  # if it is, another shard has done so
+            return f"{self.title}: this shard is done; {absent} of {self.plan.chunks} chunks are still to come"
+        if not absent:
+            if self._rejected() > self.cfg.INFER.SKIP_BROKEN:
+                raise FeaturesError(
+                    f"{self.folder}: {self._rejected()} images are rejected, INFER.SKIP_BROKEN allows "
+                    f"{self.cfg.INFER.SKIP_BROKEN}; raise it, or mend the images and extract again"
+                )
             try:
-                vectors.append(describe(network, image, scales=scales).float().cpu().numpy())
-            except ValueError as error:
-                if not is_user_error(error):
-                    raise
-                raise ValueError(f"{path}: {error}") from None
-            sizes.append(image.shape[1::-1])
-    dim = network.fc.out_features
-    return Features(
-        images.names,
-        np.array(vectors, np.float32).reshape(-1, dim),
-        np.array(sizes, np.int32).reshape(-1, 2),
-        provenance,
-    )
+                join(self.parent, self.plan)
+            except InUse:
+                return f"{self.title}: this shard is done; the last one to end joins all"
+        path = feature_path(self.parent, self.plan.collection)
+        rejected = len(read_manifest(self.parent, self.plan.collection)["rejected"])
+        others = f", {rejected} images are rejected and listed in {path}" if rejected else ""
+        return f"{self.title}: {len(self.images) - rejected} descriptors are in {self.parent}{others}"
+
+
+def machine() -> str:
+    """What the descriptors are made on."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()})"

@@ -1,32 +1,36 @@
 """Descriptors on disk: whole or absent, keyed by name, and carrying where they come from.
 
-A collection is a set of images described in the same way (`queries`, `database`, `images`). It lies in one folder as
-`total` shards, and a shard is three files:
+A collection is a set of images described in the same way (`queries`, `database`, `images`). It is three files in one
+folder:
 
-    <collection>.<cut>-of-<total>.npy    float32 [n, D], one descriptor a row
-    <collection>.<cut>-of-<total>.tsv    `name<TAB>width<TAB>height`, a row each; the size of the picture as described
-    <collection>.<cut>-of-<total>.json   the manifest: provenance, counts, and the sha256 of the other two
+    <collection>.npy    float32 (or float16) [N, D], one descriptor a row
+    <collection>.tsv    `name<TAB>width<TAB>height`, a row each; the size of the picture as decoded and cropped
+    <collection>.json   the manifest: provenance, counts, rejected images, and the sha256 of the other two
 
-The manifest is written last, so a shard that was cut off while it was written has none and is not taken for a whole
-one. Nothing relies on the order of rows: whoever needs an order asks for it by name (`align`).
+The manifest is written last, so a collection that was cut off while it was written has none and is not taken for a
+whole one. Rows stand in the order of the list that was extracted; whoever needs an order asks for it by name (`align`).
 
-Provenance is a JSON object and is the same for every shard of a collection. `evaler/extract.py` decides what stands in
-it; `LIST_KEYS` are the ones that describe the list of images and therefore differ between collections.
+Provenance is a JSON object; `evaler/extract.py` decides what stands in it. `LIST_KEYS` are the ones that describe the
+list of images and therefore differ between collections.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from core.environment import atomic_write, sha256_file
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 LIST_KEYS = ("list_sha256",)
+DTYPES = ("float32", "float16")
 ROWS_A_CHUNK = 1 << 16
 NAMES_SHOWN = 3
 
@@ -35,70 +39,113 @@ class FeaturesError(ValueError):
     """Descriptors that cannot be used; the message is one line."""
 
 
+class Rejected(NamedTuple):
+    """An image that has no descriptor, and why."""
+
+    index: int  # in the list that was extracted, from 0
+    name: str
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class Features:
     """Descriptors of N images.
 
-    vectors: float32 [N, D], possibly memory-mapped. sizes: int32 [N, 2], width and height in pixels of the decoded and
-    cropped picture. provenance: JSON-able, e.g. weights_sha256, scales, crop_query, code_version, list_sha256.
+    vectors: float32 or float16 [N, D], possibly memory-mapped. sizes: int32 [N, 2], width and height in pixels of the
+    decoded and cropped picture. provenance: JSON-able, e.g. weights_sha256, scales, crop_query, code_version.
     """
 
     names: list[str]
     vectors: np.ndarray
     sizes: np.ndarray
     provenance: dict
+    rejected: list[Rejected] = field(default_factory=list)
+    machines: list[str] = field(default_factory=list)  # what they were made on
+
+    @property
+    def dtype(self) -> str:
+        """float32 or float16."""
+        return self.vectors.dtype.name
 
 
-def shard_path(folder: str | os.PathLike, collection: str, cut: int, total: int, suffix: str = ".json") -> Path:
-    """Path of a shard's `.npy`, `.tsv` or `.json`; the shard is complete if its `.json` exists."""
-    assert re.fullmatch(r"[A-Za-z0-9_-]+", collection) and 1 <= cut <= total, (collection, cut, total)
-    return Path(folder) / f"{collection}.{cut}-of-{total}{suffix}"
+def feature_path(folder: str | os.PathLike, collection: str, suffix: str = ".json") -> Path:
+    """Path of a collection's `.npy`, `.tsv` or `.json`; the collection is complete if its `.json` exists."""
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", collection), collection
+    return Path(folder) / f"{collection}{suffix}"
 
 
-def save(folder: str | os.PathLike, collection: str, features: Features, *, cut: int = 1, total: int = 1) -> None:
-    """Write one shard. A shard of the same name is replaced; a process killed meanwhile leaves no manifest.
+def save(folder: str | os.PathLike, collection: str, features: Features, *, dtype: str = "float32") -> None:
+    """Write a collection that is in memory; see `write`."""
+    write(folder, collection, [features], count=len(features.names), dim=features.vectors.shape[-1], dtype=dtype)
 
+
+def write(
+    folder: str | os.PathLike,
+    collection: str,
+    parts: Iterable[Features],
+    *,
+    count: int,
+    dim: int,
+    dtype: str = "float32",
+) -> None:
+    """Write a collection in parts, one after another, so that it need not fit into memory.
+
+    All parts have the same provenance and dimension; they have `count` rows together. A collection of the same name is
+    replaced once all of the new one is written; a process killed meanwhile leaves the old one, or no manifest.
     Raises `FeaturesError` for what `load` would refuse: names that are empty, doubled or hold a tab or a line break,
     wrong shapes or types, values that are not finite.
     """
-    npy, tsv, manifest = (shard_path(folder, collection, cut, total, s) for s in (".npy", ".tsv", ".json"))
-    _check(features, str(npy))
-    rows = zip(features.names, features.sizes.tolist(), strict=True)
-    table = "".join(f"{name}\t{width}\t{height}\n" for name, (width, height) in rows).encode()
-
-    manifest.unlink(missing_ok=True)  # from here to the end the shard is incomplete
-    with atomic_write(npy) as file:
-        np.save(file, features.vectors, allow_pickle=False)
-    with atomic_write(tsv) as file:
-        file.write(table)
+    assert dtype in DTYPES, dtype
+    npy, tsv, manifest = (feature_path(folder, collection, s) for s in (".npy", ".tsv", ".json"))
+    rejected: list[Rejected] = []
+    machines: set[str] = set()
+    seen: set[str] = set()
+    provenance: dict = {}
+    with contextlib.ExitStack() as stack:
+        vectors, table = (_Hashed(stack.enter_context(atomic_write(path))) for path in (npy, tsv))
+        np.lib.format.write_array_header_1_0(
+            vectors, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count, dim)}
+        )
+        for part in parts:
+            _check(part, str(npy), seen)
+            assert part.vectors.shape[1] == dim, (part.vectors.shape, dim)
+            for _, rows in chunks(part.vectors):
+                vectors.write(np.ascontiguousarray(rows, dtype).tobytes())
+            table.write(table_bytes(part.names, part.sizes))
+            rejected += part.rejected
+            machines |= set(part.machines)
+            provenance = part.provenance
+        assert len(seen) == count, (len(seen), count)
+        manifest.unlink(missing_ok=True)  # from here to the end the collection is incomplete
     description = {
         "format": MANIFEST_FORMAT,
         "collection": collection,
-        "cut": cut,
-        "total": total,
-        "count": len(features.names),
-        "dim": features.vectors.shape[1],
-        "dtype": "float32",
-        "sha256": {"npy": sha256_file(npy), "tsv": sha256_file(tsv)},
-        "provenance": features.provenance,
+        "images": count + len(rejected),
+        "count": count,
+        "rejected": [rejection._asdict() for rejection in rejected],
+        "dim": dim,
+        "dtype": dtype,
+        "sha256": {"npy": vectors.digest.hexdigest(), "tsv": table.digest.hexdigest()},
+        "machines": sorted(machines),
+        "provenance": provenance,
     }
     with atomic_write(manifest) as file:
         file.write(json.dumps(description, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
 
 
-def load_shard(folder: str | os.PathLike, collection: str, *, cut: int = 1, total: int = 1) -> Features:
-    """Read one shard, its vectors memory-mapped.
+def load(folder: str | os.PathLike, collection: str) -> Features:
+    """Read a collection, its vectors memory-mapped.
 
-    Raises `FeaturesError` if it has no manifest, if a file is not the one the manifest describes, or if its content
-    is not usable.
+    Raises `FeaturesError` if it is absent or has no manifest, if a file is not the one the manifest describes, or if
+    its content is not usable.
     """
-    npy, tsv, manifest = (shard_path(folder, collection, cut, total, s) for s in (".npy", ".tsv", ".json"))
-    description = _read_manifest(manifest)
+    npy, tsv = (feature_path(folder, collection, suffix) for suffix in (".npy", ".tsv"))
+    description = read_manifest(folder, collection)
     for path, key in ((npy, "npy"), (tsv, "tsv")):
         if not path.is_file():
-            raise FeaturesError(f"{path}: missing, though its manifest is there; extract this shard again")
+            raise FeaturesError(f"{path}: missing, though its manifest is there; extract it again")
         if sha256_file(path) != description["sha256"][key]:
-            raise FeaturesError(f"{path}: is not the file its manifest describes (sha256); extract this shard again")
+            raise FeaturesError(f"{path}: is not the file its manifest describes (sha256); extract it again")
     try:
         vectors = np.lib.format.open_memmap(npy, mode="r")  # unlike np.load it reads no .npz and no pickle
     except (ValueError, OSError, EOFError) as error:
@@ -106,47 +153,47 @@ def load_shard(folder: str | os.PathLike, collection: str, *, cut: int = 1, tota
     expected = (description["count"], description["dim"])
     if vectors.shape != expected:
         raise FeaturesError(f"{npy}: not an array of shape {expected}, as its manifest says")
-    names, sizes = _read_table(tsv)
-    features = Features(names, vectors, sizes, description["provenance"])
-    _check(features, str(npy))
+    names, sizes = parse_table(tsv.read_bytes(), str(tsv))
+    rejected = [Rejected(**entry) for entry in description["rejected"]]
+    features = Features(names, vectors, sizes, description["provenance"], rejected, description["machines"])
+    _check(features, str(npy), set())
     return features
 
 
-def load(folder: str | os.PathLike, collection: str) -> Features:
-    """Read all shards of a collection, joined in the order of their cuts.
+def read_manifest(folder: str | os.PathLike, collection: str) -> dict:
+    """The manifest of a collection. Raises `FeaturesError` if it is absent or no manifest."""
+    path = feature_path(folder, collection)
+    try:
+        description = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FeaturesError(f"{folder}: {_absence(Path(folder), collection)}") from None
+    except (OSError, ValueError) as error:
+        raise FeaturesError(f"{path}: not a manifest: {_one_line(error)}; extract it again") from None
+    types = {"format": int, "count": int, "dim": int, "sha256": dict, "provenance": dict}
+    types |= {"rejected": list, "machines": list}
+    if type(description) is dict and description.get("format") not in (None, MANIFEST_FORMAT):
+        raise FeaturesError(f"{path}: format {description['format']}, this code reads format {MANIFEST_FORMAT}")
+    if (
+        type(description) is not dict
+        or any(type(description.get(key)) is not types[key] for key in types)
+        or set(description["sha256"]) != {"npy", "tsv"}
+        or not all(type(entry) is dict and set(entry) == set(Rejected._fields) for entry in description["rejected"])
+    ):
+        raise FeaturesError(f"{path}: not a manifest of descriptors; extract it again")
+    return description
 
-    Raises `FeaturesError` if there are none, if a cut is absent, if the shards do not belong together (another total,
-    dimension or provenance), if an image is in two of them, and for what `load_shard` refuses.
-    """
-    total = _find_total(Path(folder), collection)
-    shards = [load_shard(folder, collection, cut=cut, total=total) for cut in range(1, total + 1)]
-    first = shards[0]
-    if total == 1:
-        return first
-    for cut, shard in enumerate(shards[1:], start=2):
-        path = shard_path(folder, collection, cut, total)
-        differing = differing_keys(first.provenance, shard.provenance)
-        if differing:
-            raise FeaturesError(
-                f"{path}: differs from shard 1 in {', '.join(differing)}; extract all shards in the same way"
-            )
-        if shard.vectors.shape[1] != first.vectors.shape[1]:
-            raise FeaturesError(
-                f"{path}: dimension {shard.vectors.shape[1]}, shard 1 has {first.vectors.shape[1]}; "
-                "extract all shards in the same way"
-            )
-    joined = Features(
-        [name for shard in shards for name in shard.names],
-        np.concatenate([shard.vectors for shard in shards]),
-        np.concatenate([shard.sizes for shard in shards]),
-        first.provenance,
-    )
-    _check_distinct(joined.names, f"{Path(folder) / collection}.*-of-{total}")
-    return joined
+
+def _absence(folder: Path, collection: str) -> str:
+    started = list(folder.glob(f"{collection}.chunks-*")) if folder.is_dir() else []
+    if started:
+        return f"the extraction of '{collection}' is unfinished; run it again to complete it"
+    if any(feature_path(folder, collection, suffix).exists() for suffix in (".npy", ".tsv")):
+        return f"'{collection}' has no manifest, it is incomplete; extract it again"
+    return f"no descriptors of '{collection}' here; extract them with evaler/infer.py first"
 
 
 def align(features: Features, names: Sequence[str], *, source: str) -> np.ndarray:
-    """Return the vectors in the order of `names`: float32 [len(names), D].
+    """Return the vectors in the order of `names`: [len(names), D].
 
     `source` says in messages where the features lie. Raises `FeaturesError` if the features have not exactly these
     names.
@@ -156,10 +203,10 @@ def align(features: Features, names: Sequence[str], *, source: str) -> np.ndarra
     row = {name: index for index, name in enumerate(features.names)}
     missing = [name for name in names if name not in row]
     if missing:
-        raise FeaturesError(f"{source}: no descriptor of {_some(missing)}, of {len(names)} asked for")
+        raise FeaturesError(f"{source}: no descriptor of {some(missing)}, of {len(names)} asked for")
     surplus = sorted(set(row) - set(names))
     if surplus:
-        raise FeaturesError(f"{source}: descriptors of {_some(surplus)} that were not asked for")
+        raise FeaturesError(f"{source}: descriptors of {some(surplus)} that were not asked for")
     return features.vectors[[row[name] for name in names]]
 
 
@@ -175,79 +222,64 @@ def chunks(vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield start, vectors[start : start + ROWS_A_CHUNK]
 
 
-def _find_total(folder: Path, collection: str) -> int:
-    pattern = re.compile(re.escape(collection) + r"\.([1-9]\d*)-of-([1-9]\d*)\.(npy|tsv|json)")
-    entries = os.listdir(folder) if folder.is_dir() else []
-    matches = [match for match in map(pattern.fullmatch, entries) if match]
-    if not matches:
-        raise FeaturesError(f"{folder}: no descriptors of '{collection}' here; extract them with evaler/infer.py first")
-    totals = sorted({int(match[2]) for match in matches})
-    if len(totals) > 1:
-        found = " and ".join(f"*-of-{total}" for total in totals)
-        raise FeaturesError(f"{folder}: '{collection}' has shards of different runs ({found}); delete the old ones")
-    complete = {int(match[1]) for match in matches if match[3] == "json"}
-    absent = [cut for cut in range(1, totals[0] + 1) if cut not in complete]
-    if absent:
-        raise FeaturesError(
-            f"{folder}: '{collection}' lacks cut {_some(absent)} of {totals[0]} (no manifest); "
-            f"extract with INFER.TOTAL_NUM {totals[0]} INFER.CUT_NUM {absent[0]}"
-        )
-    return totals[0]
+def table_bytes(names: Sequence[str], sizes: np.ndarray) -> bytes:
+    """Names and sizes [N, 2] as the lines of a `.tsv`."""
+    rows = zip(names, sizes.tolist(), strict=True)
+    return "".join(f"{name}\t{width}\t{height}\n" for name, (width, height) in rows).encode()
 
 
-def _read_manifest(path: Path) -> dict:
-    try:
-        description = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FeaturesError(f"{path}: there is no manifest, the shard is incomplete; extract it again") from None
-    except (OSError, ValueError) as error:
-        raise FeaturesError(f"{path}: not a manifest: {_one_line(error)}; extract this shard again") from None
-    types = {"format": int, "count": int, "dim": int, "sha256": dict, "provenance": dict}
-    if type(description) is not dict or any(type(description.get(key)) is not types[key] for key in types):
-        raise FeaturesError(f"{path}: not a manifest of descriptors; extract this shard again")
-    if description["format"] != MANIFEST_FORMAT or set(description["sha256"]) != {"npy", "tsv"}:
-        raise FeaturesError(f"{path}: format {description['format']}, this code reads format {MANIFEST_FORMAT}")
-    return description
-
-
-def _read_table(path: Path) -> tuple[list[str], np.ndarray]:
+def parse_table(data: bytes, source: str) -> tuple[list[str], np.ndarray]:
     """Names and int32 sizes [N, 2] of a `.tsv`."""
     names, sizes = [], []
     try:
-        text = path.read_bytes().decode()
+        text = data.decode()
     except UnicodeDecodeError:
-        raise FeaturesError(f"{path}: not UTF-8 text; extract this shard again") from None
+        raise FeaturesError(f"{source}: not UTF-8 text; extract it again") from None
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         fields = line.split("\t")
         if len(fields) != 3 or not all(re.fullmatch("[0-9]{1,9}", field) for field in fields[1:]):
-            raise FeaturesError(f"{path} line {number}: not `name width height`; extract this shard again")
+            raise FeaturesError(f"{source} line {number}: not `name width height`; extract it again")
         names.append(fields[0])
         sizes.append((int(fields[1]), int(fields[2])))
     return names, np.array(sizes, dtype=np.int32).reshape(-1, 2)
 
 
-def _check(features: Features, source: str) -> None:
+def some(items: Sequence) -> str:
+    """`a, b, c and 5 more`"""
+    shown = ", ".join(map(str, items[:NAMES_SHOWN]))
+    return shown if len(items) <= NAMES_SHOWN else f"{shown} and {len(items) - NAMES_SHOWN} more"
+
+
+class _Hashed:
+    """Writes to a file and knows the sha256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.digest.update(data)
+        self._file.write(data)
+
+
+def _check(features: Features, source: str, seen: set[str]) -> None:
+    """Raise `FeaturesError` for what cannot be used; names are put into `seen`, which none of them may be in."""
     count = len(features.names)
     vectors, sizes = features.vectors, features.sizes
-    if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != count or vectors.shape[1] < 1:
-        raise FeaturesError(f"{source}: {count} names need float32 [{count}, D], not {vectors.dtype} {vectors.shape}")
+    if vectors.dtype.name not in DTYPES or vectors.ndim != 2 or len(vectors) != count or vectors.shape[1] < 1:
+        found = f"{vectors.dtype} {vectors.shape}"
+        raise FeaturesError(f"{source}: {count} names need float32 or float16 [{count}, D], not {found}")
     if sizes.dtype != np.int32 or sizes.shape != (count, 2) or (sizes < 1).any():
         raise FeaturesError(f"{source}: {count} names need {count} picture sizes of at least 1 x 1 pixel")
     for name in features.names:
         if not name or re.search(r"[\t\n\r]", name) or not _is_utf8(name):
             raise FeaturesError(f"{source}: name {name!r} is empty, holds a tab or a line break, or is not UTF-8")
-    _check_distinct(features.names, source)
+        if name in seen:
+            raise FeaturesError(f"{source}: {name} is there twice")
+        seen.add(name)
     for start, rows in chunks(vectors):
         bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         if len(bad):
             raise FeaturesError(f"{source}: the descriptor of {features.names[start + bad[0]]} is not finite")
-
-
-def _check_distinct(names: Sequence[str], source: str) -> None:
-    if len(set(names)) != len(names):
-        seen: set[str] = set()
-        doubled = next(name for name in names if name in seen or seen.add(name))
-        raise FeaturesError(f"{source}: {doubled} is there twice")
 
 
 def _is_utf8(name: str) -> bool:
@@ -260,9 +292,3 @@ def _is_utf8(name: str) -> bool:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _some(items: Sequence) -> str:
-    """`a, b, c and 5 more`"""
-    shown = ", ".join(map(str, items[:NAMES_SHOWN]))
-    return shown if len(items) <= NAMES_SHOWN else f"{shown} and {len(items) - NAMES_SHOWN} more"

@@ -1,93 +1,124 @@
-"""The images to describe: their names, files and boxes, in order."""
+"""The images to describe: Revisited sets, distractors, and images of one's own."""
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from datasets.image import ImageError, decode
+from datasets.image import MAX_PIXELS, ImageError, decode
+from evaler.image_list import Box, ImageList, LooseFiles
+from evaler.image_names import ARCHIVES, COMPRESSED, EXTENSIONS, read_list, search
+from evaler.tar_files import TarFiles
+from evaler.tar_index import tar_index
 from revisitop import groundtruth
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-Box = tuple[float, float, float, float]
+__all__ = ["Box", "ImageList", "crop", "distractors", "named_images", "read_cropped", "revisited_set"]
 
-
-@dataclass(frozen=True)
-class ImageList:
-    """Images by name, where they lie, and the part of each that counts (None: all of it)."""
-
-    names: list[str]
-    paths: list[Path]
-    boxes: list[Box | None]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def shard(self, cut: int, total: int) -> "ImageList":
-        """The images whose index modulo `total` is `cut - 1`, as the published code splits them."""
-        return ImageList(*(column[cut - 1 :: total] for column in (self.names, self.paths, self.boxes)))
-
-    def sha256(self) -> str:
-        """Of names, boxes and file sizes, so that it changes with the list and (nearly always) with the pictures.
-
-        Raises `ImageError` for files that are missing.
-        """
-        digest = hashlib.sha256()
-        missing = []
-        for name, path, box in zip(self.names, self.paths, self.boxes, strict=True):
-            try:
-                size = os.stat(path).st_size
-            except OSError:
-                missing.append(path)
-                continue
-            digest.update(f"{name}\t{box}\t{size}\n".encode())
-        if missing:
-            raise ImageError(f"{missing[0]}: no such image ({len(missing)} of {len(self)} images missing)")
-        return digest.hexdigest()
+KEY = "INFER.IMAGES"
 
 
 def revisited_set(data_dir: str | os.PathLike, name: str, *, crop_query: bool) -> dict[str, ImageList]:
     """The collections `queries` and `database` of DATA_DIR/<name>; queries with their boxes if they are cropped."""
     folder = Path(data_dir) / name
     truth = groundtruth.load(folder / f"gnd_{name}.pkl")
-    boxes = [query.bbx if crop_query else None for query in truth.gnd]
-    return {
-        collection: ImageList(list(names), [folder / "jpg" / f"{image}.jpg" for image in names], list(boxes))
-        for collection, names, boxes in (
-            ("queries", truth.qimlist, boxes),
-            ("database", truth.imlist, [None] * len(truth.imlist)),
-        )
-    }
+    boxes = [query.bbx for query in truth.gnd] if crop_query else None
+
+    def images(names: Sequence[str], boxes: list[Box | None] | None) -> ImageList:
+        names = list(names)
+        return ImageList(names, LooseFiles(folder / "jpg", names, suffix=".jpg"), boxes)
+
+    return {"queries": images(truth.qimlist, boxes), "database": images(truth.imlist, None)}
 
 
-def image_folder(folder: str | os.PathLike) -> tuple[ImageList, int]:
-    """Every image below `folder`, named by its relative path, sorted; and how many other files there are.
+def distractors(data_dir: str | os.PathLike, name: str = "revisitop1m") -> ImageList:
+    """The files DATA_DIR/<name>/jpg/... that DATA_DIR/<name>/<name>.txt lists, with their extensions, in its order.
 
-    What counts as an image is decided by the extension (`EXTENSIONS`).
+    Raises `ImageError` for a list that is missing or cannot be used.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ImageError(f"INFER.IMAGES {folder}: no such folder")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    images = [path for path in files if path.suffix.lower() in EXTENSIONS]
-    if not images:
-        raise ImageError(f"INFER.IMAGES {folder}: no image in it (looked for {' '.join(EXTENSIONS)})")
-    names = [path.relative_to(folder).as_posix() for path in images]
-    for name in names:  # each becomes a line of a table
-        if re.search(r"[\t\n\r\ud800-\udfff]", name):
-            raise ImageError(f"INFER.IMAGES {folder}: {name!a} holds a tab, a line break or no UTF-8, rename that file")
-    return ImageList(names, images, [None] * len(images)), len(files) - len(images)
+    folder = Path(data_dir) / name
+    path = folder / f"{name}.txt"
+    if not path.is_file():
+        raise ImageError(f"{path}: no such list; `sh scripts/download_revisitop.sh {name}` gets the set")
+    names = read_list(path, key="INFER.DATASETS")
+    return ImageList(names, LooseFiles(folder / "jpg", names))
 
 
-def read_cropped(path: Path, box: Box | None) -> np.ndarray:
+def named_images(path: str | os.PathLike, *, cache_dir: Path | None = None) -> tuple[ImageList, list[str]]:
+    """The images that INFER.IMAGES names, and notes on what is left out.
+
+    - A folder: all images in it and below (by extension, `EXTENSIONS`), named by their paths relative to it, sorted as
+      strings. Links to folders are followed, but not back into a folder they lie in.
+    - A tar archive, or a folder of archives (`.tar`, not compressed): archives in sorted order, their members as they
+      lie there, named by the members' paths. They are read without unpacking; the index is kept in `cache_dir`.
+    - A list file: a path a line, relative to the list's folder (absolute paths are refused: names must not depend on
+      where a data set lies; a link beside the list may lead elsewhere). Order is the list's, any extension will do.
+
+    Raises `ImageError` for a path, an archive or a list that cannot be used, and where no image is found.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path, cache_dir)
+    if not path.exists():
+        raise ImageError(f"{KEY} {path}: no such folder, list file or tar archive")
+    name = path.name.lower()
+    if name.endswith(COMPRESSED):
+        raise _compressed(path)
+    if name.endswith(ARCHIVES):
+        return _archives([path], path, cache_dir)
+    if name.endswith(EXTENSIONS) or not path.is_file():
+        raise ImageError(f"{KEY} {path}: name a folder of images, a list file or a tar archive")
+    names = read_list(path, key=KEY)
+    return ImageList(names, LooseFiles(path.parent, names)), []
+
+
+def _folder(folder: Path, cache_dir: Path | None) -> tuple[ImageList, list[str]]:
+    found = search(folder)
+    notes = [f"{circle} leads back to a folder that it lies in and is not entered" for circle in found.circles]
+    if found.archives and found.images:
+        raise ImageError(
+            f"{KEY} {folder}: holds images ({found.images[0]}) and archives ({found.archives[0]}); name one "
+            f"of them, or a list file of the images"
+        )
+    if found.compressed and not found.images:  # with archives it would be a part of the set that is left out
+        raise _compressed(folder / found.compressed[0])
+    if found.archives:
+        images, more = _archives([folder / name for name in found.archives], folder, cache_dir)
+        return images, notes + more
+    if not found.images:
+        raise ImageError(f"{KEY} {folder}: no image in it (looked for {' '.join(EXTENSIONS)}, and .tar archives)")
+    if found.others:
+        notes.append(f"{found.others} files in {folder} have no image's extension and are left out")
+    return ImageList(found.images, LooseFiles(folder, found.images)), notes
+
+
+def _archives(paths: list[Path], named: Path, cache_dir: Path | None) -> tuple[ImageList, list[str]]:
+    digest = hashlib.sha256(b"\0".join(os.fsencode(os.path.abspath(path)) for path in paths)).hexdigest()
+    index = tar_index(paths, cache_dir / f"tar-index-{digest[:16]}" if cache_dir else None)
+    if not index.names:
+        raise ImageError(f"{KEY} {named}: no image in the archive (looked for {' '.join(EXTENSIONS)})")
+    links, others = (sum(getattr(archive, kind) for archive in index.archives) for kind in ("links", "others"))
+    notes = []
+    if links:
+        notes.append(f"{links} images in {named} are links and left out; pack them with tar -h --hard-dereference")
+    if others:
+        notes.append(f"{others} members of {named} have no image's extension and are left out")
+    return ImageList(index.names, TarFiles(index)), notes
+
+
+def _compressed(path: Path) -> ImageError:
+    return ImageError(
+        f"{KEY} {path}: compressed, its members cannot be read at random; unpack it (gunzip leaves a .tar that will do)"
+    )
+
+
+def read_cropped(images: ImageList, index: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image and cut its box out: uint8 [H, W, 3] BGR. Raises `ImageError`."""
-    image = crop(decode(path), box)
+    source, box = images.source(index), images.box(index)
+    image = crop(decode(source, images.read(index), max_pixels=max_pixels), box)
     if image.size == 0:
-        raise ImageError(f"{path}: the query's box {box} lies outside the picture")
+        raise ImageError(f"{source}: the query's box {box} lies outside the picture")
     return image
 
 

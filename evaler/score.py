@@ -50,7 +50,7 @@ def score_features(
     ):
         source = f"{folder}: {collection}"
         _check_length(features, source)
-        aligned.append(align(features, names, source=source))
+        aligned.append(np.asarray(align(features, names, source=source), np.float32))
     fractions = protocol.evaluate(*aligned, ground_truth, kappas)
     result: dict[str, dict] = {
         setting: {

@@ -1,6 +1,6 @@
 """Time ours against the published way.
 
-python scripts/benchmark.py head|loader|step [--mode exact|fast] [--json FILE]
+python scripts/benchmark.py head|loader|step|extract [--mode MODE] [--json FILE]
 """
 
 import os
@@ -19,6 +19,9 @@ import torch
 from core.benchmark import report
 from core.benchmark_training import head_cases, loader_cases, step_cases
 from core.environment import entry_point
+from evaler.benchmark_extraction import extract_cases
+
+MODES = {"loader": ("exact", "fast"), "extract": ("fp32", "bf16", "fp16")}  # the first is the default
 
 
 @entry_point
@@ -27,11 +30,11 @@ def main(argv: list[str] | None = None) -> None:
         description="Time ours against a plain implementation of the published way, side by side in one process.",
         epilog="Run it on an idle machine: the load is printed with the result. The ratio that counts is the smallest.",
     )
-    parser.add_argument("name", choices=["head", "loader", "step"], help="what to time")
-    parser.add_argument("--mode", choices=["exact", "fast"], default="exact", help="of the loader (default: exact)")
-    parser.add_argument("--size", type=int, help="side of the images in pixels (loader: 512, step: 224)")
+    parser.add_argument("name", choices=["head", "loader", "step", "extract"], help="what to time")
+    parser.add_argument("--mode", help="loader: exact (the default) or fast; extract: fp32 (the default), bf16 or fp16")
+    parser.add_argument("--size", type=int, help="side of the images in pixels (loader: 512, step: 224, extract: 1024)")
     parser.add_argument("--batch", type=int, help="images a batch (head: 8 and 64, step: 8)")
-    parser.add_argument("--depth", type=int, default=50, choices=[50, 101, 152], help="of the step's ResNet")
+    parser.add_argument("--depth", type=int, default=50, choices=[50, 101, 152], help="of the ResNet")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="of the step (default: the best)")
     parser.add_argument("--compile", action="store_true", help="compile our step")
     parser.add_argument("--threads", type=int, help="of PyTorch, for both sides")
@@ -40,11 +43,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    mode = ""
+    modes = MODES.get(args.name, ("",))
+    mode = args.mode or modes[0]
+    if mode not in modes:
+        parser.error(f"{args.name} has no --mode {mode}" + (f", but {', '.join(modes)}" if modes[0] else ""))
     if args.name == "head":
         cases = head_cases(batches=(args.batch,) if args.batch else (8, 64), seconds=args.seconds / 2)
+    elif args.name == "extract":
+        side = args.size or 1024
+        cases = extract_cases(mode, depth=args.depth, size=(side * 3 // 4, side), seconds=args.seconds)
     elif args.name == "loader":
-        mode = args.mode
         cases = loader_cases(mode, size=args.size or 512, seconds=args.seconds)
     else:
         step = {"depth": args.depth, "size": args.size or 224, "batch": args.batch or 8, "compiled": args.compile}

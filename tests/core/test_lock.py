@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from core.lock import folder_lock
+from core.lock import InUse, folder_lock
 from tests.small_run import ROOT, child_environment
 
 HOLD = """
@@ -27,7 +27,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead_and_nothing_is_left(tmp
     ) as holder:
         try:
             assert holder.stdout.readline() == "True\n"
-            with pytest.raises(ValueError, match=f"^OUT_DIR {folder} is in use by another run"), folder_lock(folder):
+            with pytest.raises(ValueError, match=f"^{folder} is in use by another run"), folder_lock(folder):
                 pass
             holder.send_signal(signal.SIGKILL)
             holder.wait()
@@ -49,4 +49,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"file/out cannot be written: Not a directory"), folder_lock(
         tmp_path / "file" / "out"
     ):
+        pass
+
+
+def test_many_share_it_and_one_may_have_it_alone(tmp_path):
+    with folder_lock(tmp_path, shared=True), folder_lock(tmp_path, shared=True) as locked:
+        assert locked
+        with pytest.raises(InUse), folder_lock(tmp_path):
+            pass
+    with folder_lock(tmp_path), pytest.raises(InUse), folder_lock(tmp_path, shared=True):
         pass

@@ -11,6 +11,7 @@ import pytest
 
 from datasets import image as image_module
 from datasets.image import ImageError, ImageFile, decode
+from tests.broken_inputs import chunk, exif, flat_jpeg, png, segment, tiff
 
 JPEG = {
     "baseline": [],
@@ -36,23 +37,8 @@ def encoded(image: np.ndarray, extension: str, parameters: list[int] | None = No
     return data.tobytes()
 
 
-def segment(marker: int, payload: bytes) -> bytes:
-    return struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload
-
-
-def exif(orientation: int, thumbnail: bytes = b"") -> bytes:
-    """An APP1 segment: a first directory with the orientation, a second that points to the thumbnail."""
-    first = struct.pack("<HHHIHHI", 1, 0x0112, 3, 1, orientation, 0, 26)
-    second = struct.pack("<HHHIIHHIII", 2, 0x0201, 4, 1, 56, 0x0202, 4, 1, len(thumbnail), 0)
-    return segment(0xE1, b"Exif\0\0" + b"II*\0\x08\0\0\0" + first + second + thumbnail)
-
-
 def with_exif(jpeg: bytes, orientation: int, thumbnail: bytes = b"") -> bytes:
     return jpeg[:2] + exif(orientation, thumbnail) + jpeg[2:]
-
-
-def chunk(kind: bytes, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
 
 
 def written(tmp_path, data: bytes, name: str = "image.jpg") -> str:
@@ -95,6 +81,98 @@ def test_equals_imread(tmp_path, name):
     assert image.flags.c_contiguous
     assert image.shape == (61, 87, 3)
     assert np.array_equal(image, cv2.imread(path))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_data_can_be_handed_in(tmp_path, name):
+    expected = decode(written(tmp_path, FILES[name]))
+    assert np.array_equal(decode("shard.tar/image.jpg", FILES[name]), expected)
+    for broken, reason in ((b"", "the file is empty"), (FILES[name][: len(FILES[name]) // 2], "truncated")):
+        with pytest.raises(ImageError, match=rf"^shard\.tar/image\.jpg: {reason}"):
+            decode("shard.tar/image.jpg", broken)
+
+
+@pytest.mark.parametrize("sampling", [0x111111, 0x211111, 0x221111, 0x411111, 0x121111])
+@pytest.mark.parametrize("progressive", [0, 1])
+@pytest.mark.parametrize("with_simplejpeg", [True, False])
+def test_jpegs_equal_opencv_with_and_without_simplejpeg(monkeypatch, capfd, sampling, progressive, with_simplejpeg):
+    if not with_simplejpeg:
+        monkeypatch.setattr(image_module, "simplejpeg", None)
+    parameters = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive]
+    data = encoded(picture(75, 53), ".jpg", parameters)
+    for orientation in range(9):
+        turned = with_exif(data, orientation)
+        image = decode("x", turned)
+        assert np.array_equal(image, cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR)), orientation
+        assert image.flags.c_contiguous
+    assert capfd.readouterr() == ("", "")
+
+
+def random_png(rng: np.random.Generator, colour: int, depth: int, interlaced: int, *extra: bytes) -> bytes:
+    """13 x 7 random pixels with random filters, `extra` chunks, and a palette where one is needed."""
+    bits, rows = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour], b""
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    for x, y, right, down in passes if interlaced else [(0, 0, 1, 1)]:
+        for _ in range(y, 7, down):
+            rows += bytes([rng.integers(0, 5)]) + rng.bytes(-(-len(range(x, 13, right)) * bits // 8))
+    header = struct.pack(">IIBBBBB", 13, 7, depth, colour, 0, 0, interlaced)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(extra)
+    data += chunk(b"PLTE", rng.bytes(3 << depth)) if colour == 3 else b""
+    data += chunk(b"tRNS", {0: bytes(2), 2: bytes(6), 3: b"\7"}[colour]) if colour not in (4, 6) else b""
+    idat = zlib.compress(rows)
+    return data + chunk(b"IDAT", idat[:9]) + chunk(b"IDAT", idat[9:]) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize(
+    ("colour", "depths"), {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}.items()
+)
+def test_what_is_left_out_of_a_png_does_not_change_its_pixels(capfd, colour, depths, interlaced):
+    rng = np.random.default_rng(5)
+    gamma, text = chunk(b"gAMA", struct.pack(">I", 45455)), chunk(b"tEXt", b"Author\0somebody")
+    for depth in depths:
+        data = random_png(rng, colour, depth, interlaced, gamma, text)
+        image = decode("x", data)
+        assert image.std() > 20
+        assert np.array_equal(image, cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)), depth
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_the_orientation_of_a_png_is_applied(after):
+    tag = chunk(b"eXIf", exif(6)[10:])
+    rows = zlib.compress(b"".join(b"\0" + row[:, ::-1].tobytes() for row in picture()))
+    data = png(87, 61, rows, before=b"" if after else tag)
+    data = data[:-12] + tag + data[-12:] if after else data
+    opencv = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(decode("x", data), opencv)
+    assert np.array_equal(decode("x", data), np.rot90(picture(), -1))
+
+
+def rgb_tiff(values: np.ndarray, **changed: list[int]) -> bytes:
+    """uint8 or uint16 [H, W, C], as they are; tags by `t` and their number."""
+    bits, channels = 8 * values.itemsize, values.shape[2]
+    tags = {258: [bits] * channels, 277: [channels]} | {int(tag[1:]): value for tag, value in changed.items()}
+    return tiff(values.shape[1], values.shape[0], [values.tobytes()], rows=values.shape[0], changed=tags)
+
+
+def test_tiffs_are_converted_as_documented():
+    image = picture()
+    rgb, grey = np.ascontiguousarray(image[..., ::-1]), image[..., :1].copy()
+    wide, half = np.random.default_rng(2).integers(0, 65536, (61, 87, 3), dtype=np.uint16), np.full_like(grey, 128)
+    three = np.repeat(grey, 3, axis=2)
+    expected = {
+        "grey": (rgb_tiff(grey, t262=[1]), three),
+        "grey, white is 0": (rgb_tiff(grey, t262=[0]), 255 - three),
+        "grey, 16 bits": (rgb_tiff(wide[..., :1], t262=[1]), np.repeat(wide[..., :1] >> 8, 3, axis=2)),
+        "grey and alpha": (rgb_tiff(np.dstack([grey, half]), t262=[1], t338=[2]), three),
+        "16 bits": (rgb_tiff(wide), np.rint(wide[..., ::-1] / 65535 * 255)),
+        "alpha, multiplied in": (rgb_tiff(np.dstack([rgb, half]), t338=[1]), image),
+        "alpha, not multiplied in": (rgb_tiff(np.dstack([rgb, half]), t338=[2]), np.rint(image * (128 / 255))),
+    }
+    for name, (data, pixels) in expected.items():
+        assert np.array_equal(decode("x", data), pixels), name
+        assert np.array_equal(decode("x", data), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)), name
 
 
 def test_a_path_object_is_taken(tmp_path):
@@ -290,7 +368,7 @@ def test_what_is_no_image_is_refused_by_name(tmp_path, capfd):
     assert "empty" in refusal(written(tmp_path, b""))
     assert "cannot be read" in refusal(written(tmp_path, b"x", "file") + "/below.jpg")
     for data in (b"not an image at all", b"\x89PNG", b"\xff\xd8", b"GIF89a", bytes(1000)):
-        assert "not an image that OpenCV can read" in refusal(written(tmp_path, data))
+        assert "not a JPEG, PNG, BMP, WebP or TIFF image" in refusal(written(tmp_path, data))
     assert capfd.readouterr() == ("", "")
 
 
@@ -351,6 +429,66 @@ def test_a_truncated_png_is_refused(tmp_path, capfd, name):
 def test_other_formats_are_refused_when_cut(tmp_path, capfd, name):
     for fraction in (0.3, 0.6, 0.95):
         refusal(written(tmp_path, FILES[name][: int(fraction * len(FILES[name]))]))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", [*FILES, "turned.jpg"])
+def test_the_cap_on_pixels_is_exact_and_comes_before_decoding(monkeypatch, name):
+    data = with_exif(FILES["baseline.jpg"], 6) if name == "turned.jpg" else FILES[name]
+    assert decode("x", data, max_pixels=61 * 87).size == 3 * 61 * 87
+    monkeypatch.setattr(cv2, "imdecode", None)
+    monkeypatch.setattr(image_module, "simplejpeg", None)
+    with pytest.raises(ImageError, match=r"^x: 87 x 61 pixels, more than 5306 \(mend: make it smaller\)$"):
+        decode("x", data, max_pixels=61 * 87 - 1)
+
+
+def test_the_default_cap_lets_48_megapixels_pass():
+    assert ImageFile("x", flat_jpeg(8000, 6000)).size == (6000, 8000)
+    ImageFile("x", flat_jpeg(8192, 8192))
+    with pytest.raises(ImageError, match=r"8192 x 8193 pixels, more than 67108864"):
+        ImageFile("x", flat_jpeg(8192, 8193))
+
+
+@pytest.mark.parametrize("oddity", ["two orientations", "marker without a length", "unreadable orientation"])
+def test_odd_headers_are_bounded_too(oddity):
+    odd = {
+        "two orientations": exif(6) + exif(1),
+        # What a length would be read from hides the frame header from a careless reader.
+        "marker without a length": b"\xff\x01\x00\xff",
+        "unreadable orientation": segment(0xE1, b"Exif\0\0??"),
+    }[oddity]
+    data = flat_jpeg(60_000, 60_000)[:400].replace(b"\xff\xd8", b"\xff\xd8" + odd, 1) + bytes(99) + END
+    with pytest.raises(ImageError, match="60000 x 60000 pixels"):
+        ImageFile("x", data)
+
+
+@pytest.mark.parametrize("name", ["baseline.jpg", "colour.png", "colour.webp", "colour.tiff", "colour.bmp"])
+@pytest.mark.parametrize("shape", [(61, 88, 3), (12, 16, 3)])
+def test_another_size_than_announced_is_refused(monkeypatch, name, shape):
+    monkeypatch.setattr(image_module, "simplejpeg", None)
+    monkeypatch.setattr(cv2, "imdecode", lambda data, flag: np.zeros(shape, np.uint8))
+    with pytest.raises(ImageError, match=rf"87 x 61 pixels by its header, {shape[1]} x {shape[0]} decoded"):
+        decode("x", FILES[name])
+
+
+def test_a_warning_before_an_error_leaves_no_memory_as_pixels():
+    """libjpeg finds the scan's parameters odd, goes on, and finds a Huffman table that cannot be."""
+    data = bytearray(FILES["baseline.jpg"])
+    scan, table = data.index(b"\xff\xda"), data.index(b"\xff\xc4")
+    data[scan + 12] = 77
+    data[table + 5 : table + 21] = b"\xff" * 16
+    file = ImageFile("x", bytes(data))
+    for rows in (file.decode, lambda: file.decode_rows(20)):
+        with pytest.raises(ImageError, match=r"^x: truncated or damaged JPEG"):
+            rows()
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "restarts"])
+def test_compressed_data_that_end_early_are_damaged(capfd, kind):
+    data = FILES[f"{kind}.jpg"]
+    for length in (0.5, 0.7, 0.9):
+        with pytest.raises(ImageError, match=r"^x: (truncated or )?damaged JPEG \("):
+            decode("x", with_exif(data[: int(length * len(data))] + END, 6))
     assert capfd.readouterr() == ("", "")
 
 

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,10 @@ from core import builders
 from core.checkpoint import checkpoint_path, write_checkpoint
 from core.config import load_cfg
 from core.environment import sha256_file
-from datasets.image import ImageError, decode
+from datasets.image import decode
 from evaler import extract, features
-from evaler.images import ImageList, crop, image_folder, read_cropped, revisited_set
-from evaler.multiscale import describe
+from evaler.images import revisited_set
+from evaler.multiscale import describe, describe_batch
 from tests.small_run import SMALL_MODEL, cut_short, overrides, photograph, retrieval_set, write_image
 
 MEAN, SD = np.array([0.406, 0.456, 0.485]), np.array([0.225, 0.224, 0.229])
@@ -97,21 +96,6 @@ def test_a_side_that_vanishes_is_refused():
         describe(Recorder([[1.0]]), photograph(0, 100, 5), scales=[0.1])
 
 
-def test_crop_truncates_the_box():
-    image = np.arange(10 * 12 * 3).reshape(10, 12, 3)
-    assert crop(image, None) is image
-    np.testing.assert_array_equal(crop(image, (1.9, 2.2, 7.99, 9.5)), image[2:9, 1:7])
-    np.testing.assert_array_equal(crop(image, (0, 0, 12, 10)), image)
-    np.testing.assert_array_equal(crop(image, (8, 6, 50.5, 50.5)), image[6:, 8:])  # cut off at the border, as published
-
-
-def test_only_the_box_is_read(tmp_path):
-    path = write_image(tmp_path / "a.png", photograph(0, 20, 30))
-    np.testing.assert_array_equal(read_cropped(path, (2.5, 3.5, 10.5, 12.5)), decode(path)[3:12, 2:10])
-    with pytest.raises(ImageError, match=rf"^{path}: the query's box \(40, 0, 50, 9\) lies outside the picture"):
-        read_cropped(path, (40, 0, 50, 9))
-
-
 @pytest.fixture
 def tree(tmp_path):
     """A folder with equal basenames, several kinds of files, and sub-folders."""
@@ -122,81 +106,6 @@ def tree(tmp_path):
     (root / "no_extension").touch()
     (root / "folder.jpg").mkdir()
     return root
-
-
-def test_a_folder_is_listed_by_relative_path(tree):
-    images, others = image_folder(tree)
-    assert images.names == ["a/deep/two.PNG", "a/one.jpg", "b/one.jpg", "three.jpeg"]
-    assert images.paths == [tree / name for name in images.names]
-    assert images.boxes == [None] * 4 and others == 2
-
-
-def test_folders_that_hold_nothing_to_describe(tmp_path, tree):
-    with pytest.raises(ImageError, match=r"^INFER\.IMAGES .*absent: no such folder"):
-        image_folder(tmp_path / "absent")
-    with pytest.raises(ImageError, match=r"no image in it \(looked for \.bmp "):
-        image_folder(tree / "folder.jpg")
-    with pytest.raises(ImageError, match="no such folder"):
-        image_folder(tree / "three.jpeg")
-
-
-@pytest.mark.parametrize("name", [b"a\tb.jpg", b"a\nb.jpg", b"a\xffb.jpg"])
-def test_a_name_that_could_not_be_written_down_is_refused_before_the_work(tree, name):
-    with open(os.path.join(os.fsencode(tree), name), "wb"):
-        pass
-    with pytest.raises(ImageError, match="rename that file") as raised:
-        image_folder(tree)
-    assert "\n" not in str(raised.value)
-
-
-def test_unusual_names_are_fine(tree):
-    for name in ("ä ö.jpg", "a\u00a0b.jpg", "x'y\".jpg"):
-        write_image(tree / "c.jpg", photograph(9)).rename(tree / name)
-    assert len(image_folder(tree)[0]) == 7
-
-
-@pytest.mark.parametrize("total", [1, 2, 3, 7, 11])
-def test_shards_split_by_index_and_lose_nothing(total):
-    images = ImageList([f"n{i}" for i in range(7)], [Path(f"p{i}") for i in range(7)], [(i, 0, 1, 1) for i in range(7)])
-    parts = [images.shard(cut, total) for cut in range(1, total + 1)]
-    for cut, part in enumerate(parts, start=1):
-        expected = [i for i in range(7) if i % total == cut - 1]
-        assert part.names == [f"n{i}" for i in expected] and len(part) == len(expected)
-        assert part.paths == [Path(f"p{i}") for i in expected] and [box[0] for box in part.boxes] == expected
-
-
-def test_the_hash_of_a_list_changes_with_all_that_matters(tree):
-    images, _ = image_folder(tree)
-    hashes = {images.sha256()}
-    assert image_folder(tree)[0].sha256() in hashes
-    hashes.add(ImageList(images.names[::-1], images.paths[::-1], images.boxes).sha256())
-    hashes.add(ImageList(["x", *images.names[1:]], images.paths, images.boxes).sha256())
-    hashes.add(ImageList(images.names, images.paths, [(0, 0, 9, 9), *images.boxes[1:]]).sha256())
-    hashes.add(images.shard(1, 2).sha256())
-    with open(images.paths[0], "ab") as file:
-        file.write(b"\0")
-    hashes.add(images.sha256())
-    assert len(hashes) == 6
-
-
-def test_missing_images_are_counted_and_the_first_is_named(tree):
-    images, _ = image_folder(tree)
-    images.paths[1].unlink()
-    images.paths[3].unlink()
-    with pytest.raises(ImageError, match=rf"^{images.paths[1]}: no such image \(2 of 4 images missing\)"):
-        images.sha256()
-
-
-@pytest.mark.parametrize("crop_query", [True, False])
-def test_a_revisited_set(tmp_path, crop_query):
-    sets = revisited_set(retrieval_set(tmp_path), "toy", crop_query=crop_query)
-    assert list(sets) == ["queries", "database"]
-    assert sets["queries"].names == ["query0", "query1"]
-    assert sets["database"].names == [f"image{i}" for i in range(5)]
-    assert sets["queries"].paths[1] == tmp_path / "toy" / "jpg" / "query1.jpg"
-    boxes = [(3.7, 2.2, 40.9, 44.1), (3.7, 2.2, 40.9, 45.1)]
-    assert sets["queries"].boxes == (boxes if crop_query else [None, None])
-    assert sets["database"].boxes == [None] * 5
 
 
 # ------------------------------------------------------------------------------------------------ the whole command
@@ -248,21 +157,22 @@ def place(tmp_path, weights):
 
 @pytest.fixture
 def described(monkeypatch):
-    """Count the images that the network is asked about."""
+    """Note the size of every image that the network is asked about."""
     calls = []
 
-    def counted(network, image, *, scales):
-        calls.append(image.shape)
-        return describe(network, image, scales=scales)
+    def counted(network, images, **more):
+        calls.extend(image.shape for image in images)
+        return describe_batch(network, images, **more)
 
-    monkeypatch.setattr(extract, "describe", counted)
+    monkeypatch.setattr(extract, "describe_batch", counted)
     return calls
 
 
 def test_descriptors_are_keyed_by_name_and_carry_where_they_come_from(place, capsys):
     place.run()
     out = capsys.readouterr().out
-    assert f"weights: {place.weights}, on the CPU" in out and f"toy: descriptors are in {place.out}/features/toy" in out
+    assert f"weights: {place.weights}, on the CPU" in out
+    assert f"toy database: 5 descriptors are in {place.out}/features/toy" in out
     cfg = load_cfg(None, place.arguments())
     network = builders.build_descriptor(cfg).eval()
     network.load_state_dict(torch.load(place.weights, weights_only=True))
@@ -270,21 +180,23 @@ def test_descriptors_are_keyed_by_name_and_carry_where_they_come_from(place, cap
         found = place.load(collection)
         images = revisited_set(place.data, "toy", crop_query=True)[collection]
         assert found.names == images.names
-        for row, (path, box) in enumerate(zip(images.paths, images.boxes, strict=True)):
+        for row in range(len(images)):
+            box = images.box(row)
             assert (box is not None) == boxed
-            picture = decode(path)
+            picture = decode(images.source(row))
             if box is not None:
                 picture = picture[int(box[1]) : int(box[3]), int(box[0]) : int(box[2])]
             assert found.sizes[row].tolist() == [picture.shape[1], picture.shape[0]]
-            np.testing.assert_array_equal(found.vectors[row], describe(network, picture, scales=[0.5, 1.0]).numpy())
+            expected = describe(network, picture, scales=[0.5, 1.0]).numpy()
+            np.testing.assert_allclose(found.vectors[row], expected, rtol=0, atol=2e-6)
         assert found.provenance["weights_sha256"] == sha256_file(place.weights)
         assert found.provenance["list_sha256"] == images.sha256()
         expected = {"weights": str(place.weights), "scales": [0.5, 1.0], "crop_query": True, "depth": 50}
-        expected |= {"stride_1x1": False, "with_ma": False, "fusion": "orthogonal", "precision": "float32"}
+        expected |= {"stride_1x1": False, "with_ma": False, "fusion": "orthogonal", "precision": "fp32", "threads": 1}
         assert {key: found.provenance[key] for key in expected} == expected
         assert found.provenance["code_version"] and found.provenance["torch"] == torch.__version__
     written = sorted(path.name for path in place.out.rglob("*") if path.is_file())
-    assert written == sorted(f"{c}.1-of-1.{s}" for c in ("queries", "database") for s in ("npy", "tsv", "json"))
+    assert written == sorted(f"{c}.{s}" for c in ("queries", "database") for s in ("npy", "tsv", "json"))
 
 
 def test_uncropped_queries(place):
@@ -295,7 +207,7 @@ def test_uncropped_queries(place):
 
 def test_equal_basenames_in_two_folders_are_two_images(place, tree, capsys):
     place.run(INFER__IMAGES=tree)
-    assert "note: 2 files in " in capsys.readouterr().err
+    assert "note: " in capsys.readouterr().err
     found = place.load("images", "photos")
     assert found.names == ["a/deep/two.PNG", "a/one.jpg", "b/one.jpg", "three.jpeg"]
     assert not np.array_equal(found.vectors[1], found.vectors[2])
@@ -303,15 +215,18 @@ def test_equal_basenames_in_two_folders_are_two_images(place, tree, capsys):
 
 
 @pytest.mark.parametrize("broken", ["query1", "image3"])
-def test_an_unreadable_image_stops_with_its_path_and_nothing_is_left(place, capsys, broken):
+def test_an_unreadable_image_stops_with_its_path(place, capsys, broken):
     path = cut_short(place.data / "toy" / "jpg" / f"{broken}.jpg")
     assert place.fails(capsys).startswith(f"error: {path}: truncated")
-    assert not place.out.exists()
+    assert not list(place.out.rglob("*.npy"))
 
 
-def test_an_image_too_small_for_a_scale_is_named(place, capsys):
-    path = write_image(place.data / "toy" / "jpg" / "image2.jpg", photograph(0, 1, 30))
-    assert place.fails(capsys) == f"error: {path}: an image of 30 x 1 pixels has nothing left at scale 0.5"
+def test_an_image_too_small_is_named(place, capsys):
+    path = write_image(place.data / "toy" / "jpg" / "image2.jpg", photograph(0, 15, 30))
+    line = f"error: {path}: 30 x 15 pixels, its shorter side is below INFER.MIN_SIDE 16"
+    assert place.fails(capsys) == line
+    line = place.fails(capsys, INFER__MIN_SIDE=1, INFER__MAX_ASPECT=1.5)
+    assert line.endswith("longer than INFER.MAX_ASPECT 1.5 to 1")
 
 
 def test_a_missing_image_of_any_set_stops_before_the_first_is_described(place, capsys, described):
@@ -319,13 +234,19 @@ def test_a_missing_image_of_any_set_stops_before_the_first_is_described(place, c
     (place.data / "second" / "jpg" / "image4.jpg").unlink()
     line = place.fails(capsys, INFER__DATASETS="toy,second")
     assert line.startswith(f"error: {place.data}/second/jpg/image4.jpg: no such image") and described == []
+    assert not place.out.exists()
 
 
-def test_a_failing_set_leaves_the_complete_ones(place, capsys):
-    retrieval_set(place.data, "second")
-    cut_short(place.data / "second" / "jpg" / "image4.jpg")
-    place.fails(capsys, INFER__DATASETS="toy,second")
-    assert len(place.load("database").names) == 5 and not (place.out / "features" / "second").exists()
+def test_what_is_done_stays_and_the_rest_is_done_when_the_image_is_mended(place, capsys, described):
+    path = place.data / "toy" / "jpg" / "image4.jpg"
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2] + bytes(len(good) - len(good) // 2))  # of equal size: the list is the same
+    place.fails(capsys, INFER__CHUNK_SIZE=2)
+    assert len(described) == 6
+    described.clear()
+    path.write_bytes(good)
+    place.run(INFER__CHUNK_SIZE=2)
+    assert len(described) == 1 and len(place.load("database").names) == 5
 
 
 def test_what_is_there_is_used_again(place, described, capsys):
@@ -333,7 +254,7 @@ def test_what_is_there_is_used_again(place, described, capsys):
     before = {path: path.stat().st_mtime_ns for path in place.out.rglob("*")}
     assert len(described) == 7
     place.run()
-    assert len(described) == 7 and "toy: 5 descriptors of database are there already" in capsys.readouterr().out
+    assert len(described) == 7 and "toy database: 5 images are described already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in place.out.rglob("*")} == before
 
 
@@ -344,7 +265,11 @@ def test_what_is_there_is_used_again(place, described, capsys):
         ({"INFER__CROP_QUERY": False}, 7),
         ({"RESNET__STRIDE_1X1": True}, 7),
         ({"BN__EPS": 1e-3}, 7),
-        ({"DATA_LOADER__NUM_WORKERS": 1, "RNG_SEED": 5, "PORT": 10002}, 0),
+        ({"INFER__MAX_LEVEL_PIXELS": 2000}, 7),
+        ({"INFER__BATCH_SIZE": 2}, 7),
+        ({"INFER__DTYPE": "float16"}, 7),
+        ({"INFER__NUM_WORKERS": 1, "RNG_SEED": 5, "PORT": 10002}, 0),
+        ({"INFER__CHUNK_SIZE": 3, "INFER__MIN_SIDE": 8, "INFER__SKIP_BROKEN": 2}, 0),
     ],
 )
 def test_what_was_made_in_another_way_is_made_again(place, described, more, again):
@@ -377,33 +302,154 @@ def test_a_damaged_or_absent_file_is_made_again(place, described, suffix):
     place.run()
     good = np.array(place.load("queries").vectors)
     for damage in (cut_short, Path.unlink):
-        damage(place.out / "features" / "toy" / f"queries.1-of-1.{suffix}")
+        damage(place.out / "features" / "toy" / f"queries.{suffix}")
         described.clear()
         place.run()
         assert len(described) == 2
         np.testing.assert_array_equal(place.load("queries").vectors, good)
 
 
-@pytest.mark.parametrize("total", [2, 9])
-def test_shards_together_equal_the_single_run_byte_for_byte(place, total):
-    place.run()
-    whole = {c: place.load(c) for c in ("queries", "database")}
-    place.out = place.root / "sharded"
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("total", "size", "workers", "batch"), [(2, 2, 0, 1), (9, 1, 2, 1), (3, 2, 1, 2)])
+def test_shards_together_equal_the_single_run_byte_for_byte(place, capsys, total, size, workers, batch):
+    settings = {"INFER__BATCH_SIZE": batch, "INFER__CHUNK_SIZE": size if batch > 1 else 128}
+    place.run(**settings)
+    whole, place.out = files(place.out / "features"), place.root / "sharded"
+    settings |= {"INFER__CHUNK_SIZE": size, "INFER__NUM_WORKERS": workers, "INFER__TOTAL_NUM": total}
     for cut in reversed(range(1, total + 1)):
-        place.run(INFER__TOTAL_NUM=total, INFER__CUT_NUM=cut)
-    for collection, expected in whole.items():
-        found = place.load(collection)
-        assert sorted(found.names) == sorted(expected.names)
-        rows = [found.names.index(name) for name in expected.names]
-        assert found.vectors[rows].tobytes() == expected.vectors.tobytes()
-        assert found.sizes[rows].tobytes() == expected.sizes.tobytes()
-        assert found.provenance == expected.provenance
+        assert not (place.out / "features" / "toy" / "database.json").exists()
+        place.run(**settings, INFER__CUT_NUM=cut)
+    assert "chunks are still to come" in capsys.readouterr().out
+    assert files(place.out / "features") == whole
 
 
-def test_a_missing_shard_is_noticed_when_they_are_joined(place):
-    place.run(INFER__TOTAL_NUM=3, INFER__CUT_NUM=2)
-    with pytest.raises(features.FeaturesError, match="lacks cut 1, 3 of 3"):
+def test_another_number_of_shards_goes_on_with_what_is_there(place, described):
+    place.run(INFER__TOTAL_NUM=3, INFER__CUT_NUM=2, INFER__CHUNK_SIZE=1)
+    assert len(described) == 3  # query 1, images 1 and 4
+    place.run(INFER__CHUNK_SIZE=1)
+    assert len(described) == 7 and len(place.load("database").names) == 5
+
+
+def test_under_torchrun_rank_and_world_size_are_the_shard(place, described, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    place.run(INFER__CHUNK_SIZE=1)
+    assert len(described) == 3  # query 1, images 1 and 4
+    line = place.fails(capsys, INFER__TOTAL_NUM=2)
+    assert line == "error: INFER.TOTAL_NUM 2: under torchrun its processes are the shards; leave 1"
+
+
+def test_unfinished_work_of_another_extraction_is_kept_and_told_of(place, capsys):
+    place.run(INFER__TOTAL_NUM=2, INFER__CHUNK_SIZE=1)
+    place.run(INFER__SCALES="[1]", INFER__CHUNK_SIZE=1)
+    err = capsys.readouterr().err
+    assert "database.chunks-" in err and "holds 3 of 5 chunks of another extraction (differs in scales)" in err
+    assert len(list((place.out / "features" / "toy").glob("*.chunks-*"))) == 2
+    place.run(INFER__CHUNK_SIZE=1)  # and can be gone on with
+    assert place.load("database").provenance["scales"] == [0.5, 1.0]
+
+
+def test_a_missing_shard_is_noticed_when_they_are_scored(place):
+    place.run(INFER__TOTAL_NUM=3, INFER__CUT_NUM=2, INFER__CHUNK_SIZE=1)
+    with pytest.raises(features.FeaturesError, match="the extraction of 'queries' is unfinished; run it again"):
         place.load("queries")
+
+
+class TestRejected:
+    @pytest.fixture
+    def broken(self, place):
+        """Three of the folder's six images cannot be described; returns the folder."""
+        folder = place.root / "photos"
+        for index in range(6):
+            write_image(folder / f"{index}.jpg", photograph(index))
+        (folder / "1.jpg").write_bytes(b"")
+        cut_short(folder / "3.jpg")
+        write_image(folder / "4.jpg", photograph(4, 10, 40))
+        return folder
+
+    @pytest.mark.parametrize("total", [1, 2])
+    def test_every_image_is_accounted_for(self, place, broken, total, capsys):
+        for cut in range(1, total + 1):
+            place.run(
+                INFER__IMAGES=broken,
+                INFER__SKIP_BROKEN=3,
+                INFER__CHUNK_SIZE=2,
+                INFER__TOTAL_NUM=total,
+                INFER__CUT_NUM=cut,
+            )
+        found = place.load("images", "photos")
+        assert found.names == ["0.jpg", "2.jpg", "5.jpg"] and len(found.vectors) == 3
+        assert [(r.index, r.name) for r in found.rejected] == [(1, "1.jpg"), (3, "3.jpg"), (4, "4.jpg")]
+        assert "empty" in found.rejected[0].reason and "truncated" in found.rejected[1].reason
+        assert found.rejected[2].reason == "40 x 10 pixels, its shorter side is below INFER.MIN_SIDE 16"
+        manifest = json.loads((place.out / "features" / "photos" / "images.json").read_text())
+        assert manifest["images"] == 6 == manifest["count"] + len(manifest["rejected"])
+        out = capsys.readouterr().out
+        assert f"3 images are rejected and listed in {place.out}/features/photos/images.json" in out
+
+    @pytest.mark.parametrize(("total", "most"), [(1, 1), (1, 2), (2, 2), (3, 2)])
+    def test_one_more_than_allowed_stops_whichever_shard_meets_it(self, place, broken, total, most, capsys):
+        stopped = []
+        for cut in range(1, total + 1):
+            try:
+                place.run(
+                    INFER__IMAGES=broken,
+                    INFER__SKIP_BROKEN=most,
+                    INFER__CHUNK_SIZE=1,
+                    INFER__TOTAL_NUM=total,
+                    INFER__CUT_NUM=cut,
+                )
+            except SystemExit as error:
+                stopped.append(error.code)
+        assert stopped == [2]
+        error = capsys.readouterr().err
+        assert f"(and {most} images are rejected already, all that INFER.SKIP_BROKEN allows)" in error
+        assert not (place.out / "features" / "photos" / "images.json").exists()
+
+    def test_a_smaller_cap_afterwards_does_not_take_them(self, place, broken, capsys):
+        place.run(INFER__IMAGES=broken, INFER__SKIP_BROKEN=3)
+        assert place.fails(capsys, INFER__IMAGES=broken).startswith(f"error: {broken}/1.jpg: ")
+
+    def test_a_missing_image_is_one_of_them(self, place, capsys):
+        (place.data / "toy" / "jpg" / "image3.jpg").unlink()
+        place.run(INFER__SKIP_BROKEN=1)
+        assert [r.name for r in place.load("database").rejected] == ["image3"]
+        assert "no such" in place.load("database").rejected[0].reason
+
+
+def test_batches_hardly_change_the_descriptors(place, tree, described):
+    folder = place.root / "many"
+    for index in range(9):
+        write_image(folder / f"{index}.png", photograph(index, *((40, 48) if index % 3 else (48, 40))))
+    place.run(INFER__IMAGES=folder)
+    single = place.load("images", "many").vectors
+    for size in (2, 4, 8):
+        place.run(INFER__IMAGES=folder, INFER__BATCH_SIZE=size)
+        batched = place.load("images", "many")
+        assert batched.names == [f"{index}.png" for index in range(9)]
+        np.testing.assert_allclose(batched.vectors, single, rtol=0, atol=1e-6)
+
+
+def test_exports(place):
+    place.run(INFER__EXPORT="mat,npz")
+    folder = place.out / "features" / "toy"
+    with np.load(folder / "queries.npz", allow_pickle=False) as found:
+        assert list(found) == ["query0", "query1"]
+    assert (folder / "database.mat").is_file()
+
+
+def test_the_distractors(place, described):
+    """Named by a list, without ground truth."""
+    folder = place.data / "revisitop1m"
+    names = ["a/x.jpg", "b/y.jpg", "b/z.jpg"]
+    for seed, name in enumerate(names):
+        write_image(folder / "jpg" / name, photograph(seed))
+    (folder / "revisitop1m.txt").write_text("".join(f"{name}\n" for name in names))
+    place.run(INFER__DATASETS="revisitop1m")
+    assert place.load("distractors", "revisitop1m").names == names and len(described) == 3
 
 
 def test_the_newest_checkpoint_of_out_dir_is_used_and_named(place, capsys):
@@ -443,14 +489,14 @@ def test_more_gpus_than_there_are_do_not_matter(place, capsys):
 
 
 def test_nothing_to_extract(place, capsys):
-    assert "name sets in INFER.DATASETS, or a folder in INFER.IMAGES" in place.fails(capsys, INFER__DATASETS="[]")
+    assert "name sets in INFER.DATASETS, or images in INFER.IMAGES" in place.fails(capsys, INFER__DATASETS="[]")
 
 
 def test_a_defect_in_the_network_is_not_taken_for_a_mistake_of_the_user(place, monkeypatch):
-    def broken(network, image, *, scales):
+    def broken(network, images, **more):
         return np.zeros(3) + np.zeros(4)
 
-    monkeypatch.setattr(extract, "describe", broken)
+    monkeypatch.setattr(extract, "describe_batch", broken)
     with pytest.raises(ValueError, match="could not be broadcast"):
         place.run()
 
@@ -458,6 +504,6 @@ def test_a_defect_in_the_network_is_not_taken_for_a_mistake_of_the_user(place, m
 def test_the_manifest_is_plain_json_with_the_hashes_of_its_files(place):
     place.run()
     folder = place.out / "features" / "toy"
-    manifest = json.loads((folder / "queries.1-of-1.json").read_text())
+    manifest = json.loads((folder / "queries.json").read_text())
     for suffix, digest in manifest["sha256"].items():
-        assert hashlib.sha256((folder / f"queries.1-of-1.{suffix}").read_bytes()).hexdigest() == digest
+        assert hashlib.sha256((folder / f"queries.{suffix}").read_bytes()).hexdigest() == digest

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.environment import sha256_file
-from evaler.features import Features, FeaturesError, align, load, load_shard, save, shard_path
+from evaler.features import Features, FeaturesError, Rejected, align, feature_path, load, save, write
 
 ROOT = Path(__file__).resolve().parents[2]
 PROVENANCE = {"weights_sha256": "ab" * 32, "scales": [0.5, 1.0], "crop_query": True, "list_sha256": "cd" * 32}
@@ -25,9 +25,9 @@ def make(names, dim=4, seed=0, **provenance):
     return Features(list(names), vectors, sizes, PROVENANCE | provenance)
 
 
-def forge(folder, collection, cut, total, *, npy=None, tsv=None, **changes):
-    """Rewrite parts of a shard so that its manifest agrees with them: only the later checks can object."""
-    path = shard_path(folder, collection, cut, total)
+def forge(folder, collection, *, npy=None, tsv=None, **changes):
+    """Rewrite parts of a collection so that its manifest agrees with them: only the later checks can object."""
+    path = feature_path(folder, collection)
     manifest = json.loads(path.read_bytes())
     for content, suffix in ((npy, ".npy"), (tsv, ".tsv")):
         target = path.with_suffix(suffix)
@@ -62,46 +62,97 @@ def test_what_is_saved_is_loaded(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("features")
     save(folder, "images", make(names))
     same(load(folder, "images"), make(names))
-    assert sorted(path.name for path in folder.iterdir()) == [f"images.1-of-1.{s}" for s in ("json", "npy", "tsv")]
+    assert sorted(path.name for path in folder.iterdir()) == [f"images.{s}" for s in ("json", "npy", "tsv")]
 
 
-def test_one_shard_is_memory_mapped(tmp_path):
+def test_vectors_are_memory_mapped(tmp_path):
     save(tmp_path, "database", make(["a", "b"]))
     assert isinstance(load(tmp_path, "database").vectors, np.memmap)
 
 
-def test_shards_are_joined_in_the_order_of_their_cuts(tmp_path):
-    """Twelve, so that an order by text (1, 10, 11, 12, 2, ...) would show; the last is empty."""
-    parts = [make([f"{cut}-{i}" for i in range(2)], seed=cut) for cut in range(1, 12)] + [make([])]
-    for cut in (7, 1, 12, 3, 2, 11, 10, 4, 5, 6, 9, 8):
-        save(tmp_path, "database", parts[cut - 1], cut=cut, total=12)
-    save(tmp_path, "queries", make(["other"]))
-    joined = load(tmp_path, "database")
-    assert joined.names == [name for part in parts for name in part.names]
-    np.testing.assert_array_equal(joined.vectors, np.concatenate([part.vectors for part in parts]))
-    np.testing.assert_array_equal(joined.sizes, np.concatenate([part.sizes for part in parts]))
-    same(load_shard(tmp_path, "database", cut=7, total=12), parts[6])
+def test_written_in_parts_it_is_the_same_file_as_whole(tmp_path):
+    parts = [make([f"{part}-{i}" for i in range(part)], seed=part) for part in range(4)]
+    parts[1] = Features(*list(vars(parts[1]).values())[:4], [Rejected(1, "x", "empty")], ["CPU b"])
+    parts[2] = Features(*list(vars(parts[2]).values())[:4], [Rejected(5, "y", "a folder")], ["CPU a"])
+    whole = Features(
+        [name for part in parts for name in part.names],
+        np.concatenate([part.vectors for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
+        PROVENANCE,
+        parts[1].rejected + parts[2].rejected,
+        ["CPU b", "CPU a"],
+    )
+    write(tmp_path / "parts", "images", iter(parts), count=6, dim=4)
+    save(tmp_path / "whole", "images", whole)
+    for suffix in (".npy", ".tsv", ".json"):
+        files = [feature_path(tmp_path / kind, "images", suffix).read_bytes() for kind in ("parts", "whole")]
+        assert files[0] == files[1]
+    np.save(tmp_path / "plain.npy", whole.vectors)
+    assert (tmp_path / "plain.npy").read_bytes() == feature_path(tmp_path / "whole", "images", ".npy").read_bytes()
+    found = load(tmp_path / "parts", "images")
+    same(found, whole)
+    assert found.rejected == whole.rejected and found.machines == ["CPU a", "CPU b"]
+    manifest = json.loads(feature_path(tmp_path / "parts", "images").read_text())
+    assert (manifest["images"], manifest["count"]) == (8, 6)
 
 
-def test_a_shard_is_replaced(tmp_path):
+def test_half_precision(tmp_path):
+    features = make(["a", "b", "c"])
+    save(tmp_path, "images", features, dtype="float16")
+    found = load(tmp_path, "images")
+    assert found.dtype == "float16"
+    np.testing.assert_array_equal(found.vectors, features.vectors.astype(np.float16))
+
+
+def test_a_name_in_two_parts_leaves_nothing(tmp_path):
+    refused(write, "a is there twice", tmp_path, "images", [make(["a"]), make(["b", "a"])], count=3, dim=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_while_it_is_written_leaves_the_old_one(tmp_path):
+    save(tmp_path, "images", make(["a", "b"]))
+
+    def parts():
+        yield make(["c"])
+        raise FeaturesError("no more")
+
+    refused(write, "no more", tmp_path, "images", parts(), count=2, dim=4)
+    same(load(tmp_path, "images"), make(["a", "b"]))
+
+
+def test_a_collection_is_replaced(tmp_path):
     save(tmp_path, "queries", make(["a", "b"]))
     save(tmp_path, "queries", make(["c"], seed=1, crop_query=False))
     same(load(tmp_path, "queries"), make(["c"], seed=1, crop_query=False))
 
 
-def test_a_killed_process_leaves_no_shard(tmp_path):
-    """Killed between the vectors and the manifest, over an older shard: neither the old nor half of the new is read."""
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 5])
+def test_a_killed_process_leaves_the_old_collection_or_none(tmp_path, call):
+    """Killed when a file is to be renamed or removed, over an older collection: half of the new one is never read."""
     save(tmp_path, "queries", make(["a", "b"]))
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
         "import numpy as np, evaler.features as f\n"
-        "f.sha256_file = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "calls = 0\n"
+        "def killing(function):\n"
+        "    def run(*args, **kwargs):\n"
+        "        global calls; calls += 1\n"
+        "        if calls == int(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return function(*args, **kwargs)\n"
+        "    return run\n"
+        "os.replace, f.Path.unlink = killing(os.replace), killing(f.Path.unlink)\n"
         "one = np.ones((1, 4), np.float32)\n"
         "f.save(sys.argv[2], 'queries', f.Features(['z'], one, np.ones((1, 2), np.int32), {}))"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path)], timeout=60)
+    result = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path), str(call)], timeout=60)
+    if call == 5:  # there are four such calls
+        assert result.returncode == 0 and load(tmp_path, "queries").names == ["z"]
+        return
     assert result.returncode == -signal.SIGKILL
-    refused(load, r"'queries' lacks cut 1 of 1 \(no manifest\)", tmp_path, "queries")
+    if call == 1:
+        same(load(tmp_path, "queries"), make(["a", "b"]))
+    else:
+        refused(load, "'queries' has no manifest, it is incomplete; extract it again", tmp_path, "queries")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +163,7 @@ def test_a_killed_process_leaves_no_shard(tmp_path):
         (make(["a\nb"]), r"name 'a\\nb' is empty, holds a tab"),
         (make([""]), "name '' is empty"),
         (make(["\udcff"]), "or is not UTF-8"),
-        (Features(["a"], np.ones((1, 4)), np.ones((1, 2), np.int32), {}), "need float32 .1, D., not float64"),
+        (Features(["a"], np.ones((1, 4)), np.ones((1, 2), np.int32), {}), "need float32 or float16 .1, D., not float"),
         (Features(["a"], np.ones((2, 4), np.float32), np.ones((1, 2), np.int32), {}), "1 names need float32"),
         (Features(["a"], np.ones(1, np.float32), np.ones((1, 2), np.int32), {}), "1 names need float32"),
         (Features(["a"], np.ones((1, 4), np.float32), np.ones((1, 2)), {}), "1 names need 1 picture sizes"),
@@ -126,7 +177,7 @@ def test_a_killed_process_leaves_no_shard(tmp_path):
 )
 def test_unusable_features_are_not_saved(tmp_path, features, message):
     refused(save, message, tmp_path / "new", "queries", features)
-    assert not (tmp_path / "new").exists()
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_absent_features(tmp_path):
@@ -135,37 +186,10 @@ def test_absent_features(tmp_path):
     refused(load, "no descriptors of 'queries' here", tmp_path, "queries")
 
 
-def test_absent_cuts_are_named(tmp_path):
-    for cut in (1, 4):
-        save(tmp_path, "database", make([f"{cut}"]), cut=cut, total=7)
-    message = "lacks cut 2, 3, 5 and 2 more of 7 .no manifest.; extract with INFER.TOTAL_NUM 7 INFER.CUT_NUM 2"
-    refused(load, message, tmp_path, "database")
-    refused(load_shard, "there is no manifest, the shard is incomplete", tmp_path, "database", cut=2, total=7)
-
-
-def test_shards_of_different_splits(tmp_path):
-    save(tmp_path, "database", make(["a"]), cut=1, total=2)
-    save(tmp_path, "database", make(["b"]), cut=2, total=2)
-    save(tmp_path, "database", make(["b"]), cut=3, total=3)
-    refused(load, r"shards of different runs \(\*-of-2 and \*-of-3\); delete the old ones", tmp_path, "database")
-
-
-def test_shards_of_different_provenance(tmp_path):
-    save(tmp_path, "database", make(["a"]), cut=1, total=2)
-    save(tmp_path, "database", make(["b"], weights_sha256="ef" * 32, scales=[1.0]), cut=2, total=2)
-    refused(load, r"2-of-2\.json: differs from shard 1 in scales, weights_sha256;", tmp_path, "database")
-    save(tmp_path, "database", make(["b"], precision="bfloat16"), cut=2, total=2)
-    refused(load, r"differs from shard 1 in precision;", tmp_path, "database")
-    save(tmp_path, "database", make(["b"], dim=5), cut=2, total=2)
-    refused(load, "dimension 5, shard 1 has 4", tmp_path, "database")
-    save(tmp_path, "database", make(["a"]), cut=2, total=2)
-    refused(load, r"database\.\*-of-2: a is there twice", tmp_path, "database")
-
-
 @pytest.mark.parametrize("suffix", [".npy", ".tsv"])
 def test_damaged_files(tmp_path, suffix):
     save(tmp_path, "queries", make(["a", "b"]))
-    path = shard_path(tmp_path, "queries", 1, 1, suffix)
+    path = feature_path(tmp_path, "queries", suffix)
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
@@ -182,14 +206,14 @@ def test_damaged_files(tmp_path, suffix):
         (b"", "not a manifest: Expecting value"),
         (b"\xff\xfe{", "not a manifest: "),
         (b"[1]", "not a manifest of descriptors"),
-        (b'{"format": 1}', "not a manifest of descriptors"),
-        (b'{"format": 1, "count": "2", "dim": 4, "sha256": {}, "provenance": {}}', "not a manifest of descriptors"),
-        (b'{"format": 9, "count": 2, "dim": 4, "sha256": {}, "provenance": {}}', "format 9, this code reads format 1"),
+        (b'{"format": 2}', "not a manifest of descriptors"),
+        (b'{"format": 2, "count": "2", "dim": 4, "sha256": {}, "provenance": {}}', "not a manifest of descriptors"),
+        (b'{"format": 1, "count": 2, "dim": 4, "sha256": {}, "provenance": {}}', "format 1, this code reads format 2"),
     ],
 )
 def test_damaged_manifest(tmp_path, content, message):
     save(tmp_path, "queries", make(["a", "b"]))
-    shard_path(tmp_path, "queries", 1, 1).write_bytes(content)
+    feature_path(tmp_path, "queries").write_bytes(content)
     refused(load, message, tmp_path, "queries")
 
 
@@ -221,7 +245,7 @@ class Payload:
 def test_a_manifest_that_agrees_does_not_make_content_usable(tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     save(tmp_path, "queries", make(["a", "b"]))
-    forge(tmp_path, "queries", 1, 1, **changes)
+    forge(tmp_path, "queries", **changes)
     refused(load, message, tmp_path, "queries")
     assert not Path("payload-was-run").exists()
 

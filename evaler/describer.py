@@ -1,0 +1,100 @@
+"""Descriptors from Python: `load("weights.pyth")(["a.jpg", "b.jpg"])`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from core.builders import build_descriptor, load_tested_weights
+from core.checkpoint import UNSEEN_IN_SHAPES, changed_settings
+from core.config import get_cfg, load_cfg
+from core.download import local_path
+from datasets.image import ImageError, decode
+from evaler.multiscale import describe_batch, reduce_to_fit
+from model.inference import for_inference
+from model.weights import architecture, normalise_names, read_checkpoint
+
+BASIC_DEPTHS = (18, 34)
+
+
+class Describer:
+    """From photographs to descriptors, as `evaler/infer.py` makes them for images that are not cropped."""
+
+    def __init__(self, network: nn.Module, *, scales: Sequence[float], max_pixels: int, max_level_pixels: int) -> None:
+        """`network` is that of `model.inference.for_inference`."""
+        self.network, self.scales = network, tuple(scales)
+        self.max_pixels, self.max_level_pixels = max_pixels, max_level_pixels
+
+    def __call__(self, images: str | os.PathLike | np.ndarray | Sequence[str | os.PathLike | np.ndarray]) -> np.ndarray:
+        """Descriptors float32 [N, D] of length 1; of one image that is not in a list, [D].
+
+        An image is a file's path, or pixels: uint8 [H, W, 3] in the order blue, green, red (as OpenCV reads them).
+        Raises `ImageError` naming a file that is missing, truncated or no image, and `ValueError` for other pixels.
+        """
+        if isinstance(images, str | os.PathLike | np.ndarray):
+            return self._describe(images)
+        return np.stack([self._describe(image) for image in images])
+
+    def _describe(self, image: str | os.PathLike | np.ndarray) -> np.ndarray:
+        pixels = image if isinstance(image, np.ndarray) else decode(image, max_pixels=self.max_pixels)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+            raise ValueError(f"pixels are uint8 [H, W, 3], these are {pixels.dtype} {list(pixels.shape)}")
+        pixels = reduce_to_fit(pixels, scales=self.scales, max_pixels=self.max_level_pixels)
+        try:
+            return describe_batch(self.network, pixels[None], scales=self.scales, max_pixels=self.max_level_pixels)[0]
+        except ValueError as error:
+            if isinstance(image, np.ndarray):
+                raise
+            raise ImageError(f"{image}: {error}") from None
+
+
+def load(
+    weights: str | os.PathLike,
+    *,
+    scales: Sequence[float] | None = None,
+    device: str | None = None,
+    precision: str = "fp32",
+    compiled: bool = False,
+    settings: Sequence[str] = (),
+) -> Describer:
+    """A describer with the weights of a file or an http(s) address: published ones, or a checkpoint of ours.
+
+    The architecture is what the file's tensors and its own configuration tell; `settings` (KEY VALUE ...) win over
+    them. `device` is `cpu` or `cuda` (default: a GPU if there is one). Raises `WeightsError` for a file that is none,
+    and `DownloadError`.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = local_path(weights, Path(get_cfg().DOWNLOAD_CACHE).expanduser())
+    cfg = load_cfg(None, [*settings_of(path), "TEST.WEIGHTS", str(path), "NUM_GPUS", "0", *settings])
+    network = build_descriptor(cfg)
+    load_tested_weights(cfg, network)
+    torch.backends.cudnn.allow_tf32 = False  # or cuDNN rounds the inputs of float32 convolutions to 10 bits
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    return _describer(cfg, for_inference(network, precision=precision, compiled=compiled), scales)
+
+
+def _describer(cfg: CfgNode, network: nn.Module, scales: Sequence[float] | None) -> Describer:
+    return Describer(
+        network,
+        scales=scales or cfg.INFER.SCALES,
+        max_pixels=cfg.INFER.MAX_PIXELS,
+        max_level_pixels=cfg.INFER.MAX_LEVEL_PIXELS,
+    )
+
+
+def settings_of(path: str | os.PathLike) -> list[str]:
+    """KEY VALUE ... that build the network of a weight file. Raises `WeightsError`."""
+    content = read_checkpoint(path)
+    found = {"RESNET.STRIDE_1X1": False}  # as in every published file
+    saved = {key: there for key, there, _ in changed_settings(content.get("cfg"), get_cfg())}
+    if content.get("cfg"):
+        found["RESNET.STRIDE_1X1"] = get_cfg().RESNET.STRIDE_1X1
+        found |= {key: value for key, value in saved.items() if key in UNSEEN_IN_SHAPES}
+    found |= architecture(normalise_names(content, source=str(path)))
+    if found.get("MODEL.DEPTH") in BASIC_DEPTHS:
+        found |= {"RESNET.TRANS_FUN": "basic_transform", "MODEL.S3_DIM": 256, "MODEL.S4_DIM": 512}
+    return [str(part) for setting in found.items() for part in setting]

@@ -1,0 +1,10 @@
+"""Join the chunks of shards that ran apart: python evaler/merge.py --cfg FILE [KEY VALUE ...]"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from evaler.join import main
+
+    main()

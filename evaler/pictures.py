@@ -1,0 +1,130 @@
+"""Pictures in the order of a list, decoded ahead of the network and put together by size."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datasets.image import ImageError
+from datasets.loader import make_loader
+from datasets.transforms import scaled_size
+from evaler.images import ImageList, read_cropped
+from evaler.multiscale import reduce_to_fit
+
+# Decoded pictures that wait for others of their size.
+MOST_WAITING_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which pictures are described, and at which size (`INFER`'s keys of these names)."""
+
+    scales: tuple[float, ...]
+    min_side: int
+    max_aspect: float
+    max_pixels: int
+    max_level_pixels: int
+
+    def check(self, width: int, height: int) -> None:
+        """Raise `ValueError` for a picture that is not described."""
+        short, long = sorted((width, height))
+        if short < self.min_side:
+            raise ValueError(f"{width} x {height} pixels, its shorter side is below INFER.MIN_SIDE {self.min_side}")
+        if long > self.max_aspect * short:
+            raise ValueError(f"{width} x {height} pixels, longer than INFER.MAX_ASPECT {self.max_aspect:g} to 1")
+        for scale in self.scales:
+            scaled_size(width, height, scale)
+
+    def batch(self, width: int, height: int, size: int) -> int:
+        """How many pictures of this size, `size` at most, have their largest levels within the limit together."""
+        level = np.multiply(*scaled_size(width, height, max(self.scales)))
+        return max(1, min(size, int(self.max_level_pixels // level)))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image of a list. `pixels`: uint8 [H, W, 3] BGR, within the limits; `size`: width and height before."""
+
+    index: int
+    pixels: Tensor
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """An image that cannot be described, and why."""
+
+    index: int
+    reason: str
+
+
+class Pictures(Dataset):
+    """Item i is the `Picture` of image i of the list, or `Broken`."""
+
+    def __init__(self, images: ImageList, limits: Limits) -> None:
+        self.images, self.limits = images, limits
+
+    def __getitem__(self, index: int) -> Picture | Broken:
+        try:
+            image = read_cropped(self.images, index, max_pixels=self.limits.max_pixels)
+        except ImageError as error:
+            return Broken(index, str(error).removeprefix(f"{self.images.source(index)}: "))
+        height, width = image.shape[:2]
+        try:
+            self.limits.check(width, height)
+        except ValueError as error:
+            return Broken(index, str(error))
+        image = reduce_to_fit(image, scales=self.limits.scales, max_pixels=self.limits.max_level_pixels)
+        return Picture(index, torch.from_numpy(np.ascontiguousarray(image)), (width, height))
+
+    def __getitems__(self, indices: list[int]) -> Picture | Broken:
+        """The loader's batches are of one."""
+        (index,) = indices
+        return self[index]
+
+
+class _Singly:
+    """Batches of one."""
+
+    def __init__(self, indices: Iterable[int]) -> None:
+        self._indices = indices
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([index] for index in self._indices)
+
+
+def decoded(pictures: Pictures, indices: Iterable[int], *, workers: int) -> Iterator[Picture | Broken]:
+    """The pictures of these indices, in their order, decoded by `workers` processes ahead of their use.
+
+    To be closed if it is not read to its end (`contextlib.closing`).
+    """
+    loader = make_loader(pictures, _Singly(indices), workers=workers, pin_memory=False)
+    try:
+        yield from loader
+    finally:
+        loader.close()
+
+
+def by_size(pictures: Iterable[Picture], limits: Limits, *, batch_size: int) -> Iterator[list[Picture]]:
+    """Put pictures of one size together, `batch_size` at most; which ones depends on their order and sizes only.
+
+    Pictures that wait for company hold no more than `MOST_WAITING_BYTES`: those that wait longest go first.
+    """
+    waiting: dict[tuple[int, ...], list[Picture]] = {}
+    held = 0
+    for picture in pictures:
+        shape = tuple(picture.pixels.shape)
+        group = waiting.setdefault(shape, [])
+        group.append(picture)
+        held += picture.pixels.nbytes
+        if len(group) == limits.batch(shape[1], shape[0], batch_size):
+            yield waiting.pop(shape)
+            held -= sum(member.pixels.nbytes for member in group)
+        while held > MOST_WAITING_BYTES:
+            oldest = waiting.pop(next(iter(waiting)))
+            held -= sum(member.pixels.nbytes for member in oldest)
+            yield oldest
+    yield from waiting.values()
