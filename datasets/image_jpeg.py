@@ -93,7 +93,8 @@ def _frame(data: bytes, marker: int, start: int) -> Frame:
     height, width = (int.from_bytes(data[at : at + 2], "big") for at in (start + 3, start + 5))
     components = int.from_bytes(data[start + 7 : start + 8], "big")
     sequential = marker in _SEQUENTIAL_FRAMES
-    plain = (sequential or marker == _PROGRESSIVE_FRAME) and data[start + 2] == 8 and components in (1, 3)
+    eight_bits = data[start + 2 : start + 3] == b"\x08"
+    plain = (sequential or marker == _PROGRESSIVE_FRAME) and eight_bits and components in (1, 3)
     return Frame(start + 3, Size(height, width), components, sequential, plain)
 
 

@@ -53,10 +53,10 @@ def cleaned(data: bytes) -> bytes:
         kinds.append(name.decode("latin-1"))
         if name == b"IDAT":
             parts.append(payload)
-        if name != b"PLTE":
+        if name == b"PLTE" and (len(payload) not in range(3, 769, 3)):
+            raise ImageError("damaged PNG (palette)")
+        if name != b"PLTE" or colour == 3:  # without colour type 3 it is a suggestion
             kept.append(chunk)
-        elif colour == 3:
-            kept.append(_chunk(b"PLTE", _palette(bytes(payload), 3 * 2**depth)))
         if name == b"IEND":
             break
     else:
@@ -65,17 +65,6 @@ def cleaned(data: bytes) -> bytes:
         raise ImageError("damaged PNG (its chunks are not those of an image)")
     _check_pixels(parts, _rows(header, depth * _CHANNELS[colour], interlaced=data[28] == 1))
     return b"".join(kept)
-
-
-def _palette(colours: bytes, length: int) -> bytes:
-    """As long as there can be indices: those without a colour are black, as libpng has it, but without a complaint."""
-    if not colours or len(colours) % 3:
-        raise ImageError("damaged PNG (palette)")
-    return colours[:length].ljust(length, b"\0")
-
-
-def _chunk(name: bytes, payload: bytes) -> bytes:
-    return len(payload).to_bytes(4, "big") + name + payload + zlib.crc32(name + payload).to_bytes(4, "big")
 
 
 def _rows(size: Size, bits: int, *, interlaced: bool) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from datasets.image_header import ImageError, Size
 
 _LENGTHS = {1: 1, 3: 2, 4: 4}  # BYTE, SHORT, LONG
 _MOST_VALUES = 2**20  # of one tag: strips or tiles
-_MOST_STRIP_BYTES = 2**28
+_MOST_STRIP_BYTES = 3 * 2**26  # libtiff takes four times as much
 _BLOCK = 2**20
 _PLAIN, _DEFLATED = 1, (8, 32946)
 _COMPRESSIONS = (_PLAIN, *_DEFLATED, 2, 3, 4, 5, 7, 32773)  # fax, LZW, JPEG, PackBits

@@ -214,14 +214,16 @@ class Job:
         numbers = self.chunks_left(cut, total)
         if not numbers:
             return
-        with folder_lock(self.folder, shared=True):
-            write_plan(self.parent, self.plan)
-            indices = (index for number in numbers for index in self.plan.rows(number))
-            pictures = Pictures(self.images, self.limits)
-            with contextlib.closing(decoded(pictures, indices, workers=self.workers)) as stream:
-                for number in numbers:
-                    content = self._describe(stream, self.plan.rows(number), counter)
-                    write_chunk(self.folder, self.plan, number, content)
+        indices = (index for number in numbers for index in self.plan.rows(number))
+        stream = decoded(Pictures(self.images, self.limits), indices, workers=self.workers)
+        with contextlib.ExitStack() as stack:
+            stack.callback(stream.close)
+            for number in numbers:
+                content = self._describe(stream, self.plan.rows(number), counter)
+                if number == numbers[0]:  # not before: a run that fails at its first image leaves nothing behind
+                    stack.enter_context(folder_lock(self.folder, shared=True))
+                    write_plan(self.parent, self.plan)
+                write_chunk(self.folder, self.plan, number, content)
 
     def _tell_of(self, folder: Path) -> None:
         try:

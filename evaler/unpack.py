@@ -190,25 +190,14 @@ def _naming(path: Path) -> Iterator[None]:
 def _put_in_place(staged: dict[str, Path], folder: Path) -> int:
     """Move the files to their names, on the disk for good; return how many were there with the same content."""
     new = {name: part for name, part in staged.items() if not _same(part, folder / name)}
-    for part in new.values():  # all are written by now, so that most of this finds nothing left to do
-        _sync(part)
+    os.sync()  # of everything once: asking file by file takes a hundred times as long
     for name, part in new.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(part, path)
-    for parent in {(folder / name).parent for name in new}:
-        _sync(parent)
+    os.sync()  # the names too, before the archive is noted as done and deleted
     return len(staged) - len(new)
 
 
 def _same(part: Path, path: Path) -> bool:
     return path.is_file() and filecmp.cmp(part, path, shallow=False)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with _naming(path):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,7 @@ END = b"\xff\xd9"
 
 @dataclass(frozen=True)
 class Kind:
-    """One file: how it is made, and either the reason (a pattern) for refusing it or the pixels that it stands for."""
+    """One file: how it is made; why it is refused (a pattern, without the path) or else the pixels it stands for."""
 
     name: str
     write: Callable[[Path], None]
@@ -246,6 +246,12 @@ def _pngs() -> list[Kind]:
             png(4, 1, zlib.compress(b"\0\0\1\2\xff"), colour=3, before=palette),
             pixels=first_colours,
         ),
+        _file(
+            "long-palette.png",
+            png(4, 1, zlib.compress(b"\0\x01\x01"), depth=4, colour=3, before=chunk(b"PLTE", bytes(range(201)))),
+            pixels=np.array([[[2, 1, 0], [5, 4, 3]] * 2], np.uint8),
+        ),
+        _file("odd-palette.png", png(4, 1, zlib.compress(bytes(5)), colour=3, before=chunk(b"PLTE", b"ab")), "palette"),
         _file("animated.png", png(width, height, idat, before=frames), pixels=image),
         _file(
             "sixteen-bits.png",
@@ -331,7 +337,7 @@ def _tiffs() -> list[Kind]:
         _file(
             "huge-tile.tif",
             changed({322: [2**31], 323: [2**31], 324: [8], 325: [100]}),
-            "pieces of no or more than 268435456 bytes",
+            "pieces of no or more than 201326592 bytes",
         ),
         _file("float.tif", changed({258: [32] * 3, 339: [3] * 3}), "32 bits, format 3, .*not supported"),
         _file("signed.tif", changed({339: [2] * 3}), "8 bits, format 2, .*not supported"),
@@ -355,8 +361,8 @@ def _not_images() -> list[Kind]:
     contents = {
         "empty.jpg": (b"", "the file is empty"),
         "zero-bytes.jpg": (bytes(5000), "nothing but zero bytes, not a JPEG"),
-        "one-byte.jpg": (b"\xff", "not a JPEG, PNG, BMP, WebP or TIFF image"),
-        "noise.jpg": (np.random.default_rng(3).bytes(5000), "jpg: not a JPEG, PNG, BMP, WebP or TIFF image"),
+        "one-byte.jpg": (b"\xff", "^not a JPEG, PNG, BMP, WebP or TIFF image"),
+        "noise.jpg": (np.random.default_rng(3).bytes(5000), "^not a JPEG, PNG, BMP, WebP or TIFF image"),
         "error-page.jpg": (b"\n<!DOCTYPE HTML><html><body>404</body></html>", "an HTML page, not a JPEG"),
         "message.jpg": (b'{"error": "rate limit exceeded"}\n', "a text, not a JPEG"),
         "pointer.jpg": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer file"),

@@ -136,6 +136,9 @@ MISTAKES = {
 }
 
 
+AFTER_THE_QUERIES = "truncated image of the database"
+
+
 class Harmful:
     def __reduce__(self):
         return os.mkdir, ("harm",)
@@ -221,11 +224,18 @@ def test_one_clear_line(name, ended, folder):
     assert line.startswith(f"error: {first}") and all(part in line for part in others), line
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("name", sorted(MISTAKES.keys() - {AFTER_THE_QUERIES}))
 def test_no_out_dir_is_left_behind(name, ended, folder):
     assert ended[name].returncode == 2
     made = folder / ("new" if MISTAKES[name].command == EVALUATE else name.replace(" ", "_"))
     assert not made.exists()
+
+
+def test_work_that_was_done_before_a_mistake_was_met_is_kept(ended, folder):
+    assert ended[AFTER_THE_QUERIES].returncode == 2
+    made = (folder / AFTER_THE_QUERIES.replace(" ", "_")).rglob("*")
+    names = sorted(path.parent.name.split("-")[0] + "/" + path.name for path in made if path.is_file())
+    assert names == ["queries.chunks/000000.chunk", "queries.chunks/plan.json"]
 
 
 def test_nothing_in_a_users_file_is_executed(ended, folder):

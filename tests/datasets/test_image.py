@@ -449,6 +449,14 @@ def test_the_default_cap_lets_48_megapixels_pass():
         ImageFile("x", flat_jpeg(8192, 8193))
 
 
+def test_of_two_orientations_opencv_chooses():
+    for first, second in ((6, 1), (1, 6), (3, 8)):
+        data = with_exif(with_exif(FILES["baseline.jpg"], second), first)
+        file = ImageFile("x", data)
+        assert file.size is None
+        assert np.array_equal(file.decode(), cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))
+
+
 @pytest.mark.parametrize("oddity", ["two orientations", "marker without a length", "unreadable orientation"])
 def test_odd_headers_are_bounded_too(oddity):
     odd = {

@@ -232,7 +232,7 @@ def dying(function):
             os._exit(9)
         return function(*args, **kwargs)
     return counted
-for name in ("fsync", "replace", "unlink", "mkdir", "rmdir"):
+for name in ("fsync", "sync", "replace"):
     setattr(os, name, dying(getattr(os, name)))
 
 @entry_point
@@ -260,23 +260,26 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 def test_kills_at_any_write_lose_at_most_one_archive(million, file_server, asked, tmp_path):
     folder = tmp_path / "revisitop1m"
-    done_before: list[str] = []
-    for die_at in (10, 25, 17, 33, 21, 29):
-        before = asked()
+    done: list[str] = []
+    for die_at in (8, 9, 20, 8, 7):
+        asked_before, done_before = asked(), done
         code, _, err = finish(start(file_server.url, tmp_path, die_at=die_at))
-        assert code in (0, 9), err
-        for number in (1, 2, 3):  # what was noted as done is not asked for again
-            if ARCHIVE.format(number)[5:] in done_before:
-                assert asked()[number - 1] == before[number - 1]
+        assert code == 9, err
+        assert {name for name in tree(folder / "jpg") if not name.startswith(".unpacking/")} <= set(NAMES)
         assert all(content == photo(name) for name, content in tree(folder / "jpg").items() if name in NAMES)
         with contextlib.suppress(FileNotFoundError):
-            done_before = list(json.loads((folder / "unpacked.json").read_text()))
+            done = list(json.loads((folder / "unpacked.json").read_text()))
+        for number in (1, 2, 3):
+            if ARCHIVE.format(number)[5:] in done_before:
+                assert asked()[number - 1] == asked_before[number - 1]
+        assert sum(asked()) - sum(asked_before) <= len(done) - len(done_before) + 1
+    assert 0 < len(done) < 3
     code, _, err = finish(start(file_server.url, tmp_path))
     assert code == 0, err
     assert tree(folder / "jpg") == {name: photo(name) for name in NAMES}
-    assert {path.name for path in folder.iterdir()} == {"jpg", "revisitop1m.txt", "unpacked.json"}
-    # In what was killed while it unpacked, the archive itself was complete.
-    assert asked() == [1, 1, 1]
+    # A download killed between its last two steps leaves its memo.
+    left = {path.name for path in folder.iterdir() if not path.name.endswith(".part.json")}
+    assert left == {"jpg", "revisitop1m.txt", "unpacked.json"}
 
 
 def test_a_kill_and_ctrl_c_between_archives(million, file_server, asked, tmp_path):

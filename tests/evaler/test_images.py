@@ -415,6 +415,17 @@ def test_cut_or_damaged_archives_are_refused(tmp_path):
     assert refused_tar(spoilt).startswith("goes on behind its end mark")
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.txt"])
+def test_a_member_larger_than_any_file_is_refused(tmp_path, name):
+    path = make_tar(tmp_path / "x.tar", {name: b"a"}, format=tarfile.GNU_FORMAT)
+    spoilt = bytearray(path.read_bytes())
+    spoilt[124:136] = b"\x80" + b"\xff" * 11  # the size, in the form for what octal digits cannot hold
+    spoilt[148:156] = b" " * 8
+    spoilt[148:156] = b"%06o\0 " % sum(spoilt[:512])
+    path.write_bytes(spoilt)
+    assert "damaged archive" in refused_tar(path)
+
+
 def test_random_damage_never_ends_in_another_error(tmp_path):
     path, rng = make_tar(tmp_path / "x.tar", MEMBERS), np.random.default_rng(0)
     good = np.frombuffer(path.read_bytes(), np.uint8)

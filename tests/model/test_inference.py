@@ -1,6 +1,8 @@
 """The network arranged for speed against the one that is trained, and against the published numbers."""
 
 import copy
+import functools
+import json
 
 import numpy as np
 import pytest
@@ -34,10 +36,16 @@ def randomised(network: DOLG, seed: int = 0) -> DOLG:
     return network.eval()
 
 
-def small(depth: int = 50, **settings) -> DOLG:
+@functools.cache
+def _built(depth: int, settings: str) -> DOLG:
     torch.manual_seed(0)
+    settings = json.loads(settings)
     backbone = {"width_per_group": 4} if depth > 34 else {}
     return randomised(DOLG(ResNet(depth, **backbone, **settings.pop("backbone", {})), dim=24, **settings))
+
+
+def small(depth: int = 18, **settings) -> DOLG:
+    return copy.deepcopy(_built(depth, json.dumps(settings)))
 
 
 def distances(found: torch.Tensor | np.ndarray, wanted: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -54,11 +62,10 @@ def inputs(batch: int = 2, height: int = 75, width: int = 107) -> torch.Tensor:
 
 NETWORKS = {
     "multi-atrous": {"with_ma": True},
-    "without": {},
-    "basic blocks": {"depth": 18, "with_ma": True},
-    "global": {"fusion": "global"},
-    "groups": {"backbone": {"groups": 4}},
-    "stride in the 1x1": {"backbone": {"stride_1x1": True}, "gem_p": 2.6},
+    "without": {"gem_p": 2.6},
+    "bottlenecks": {"depth": 50},
+    "groups": {"depth": 50, "fusion": "global", "backbone": {"groups": 4}},
+    "stride in the 1x1": {"depth": 50, "fusion": "global", "backbone": {"stride_1x1": True}},
 }
 
 
@@ -115,7 +122,7 @@ def test_channels_last_or_not_is_the_same():
 
 
 def test_batches_give_what_single_images_give(way):
-    arranged, images = for_inference(small(with_ma=True)), inputs(5)
+    arranged, images = for_inference(small(with_ma=True)), inputs(3)
     single = torch.cat([arranged(image[None]) for image in images])
     batch = arranged(images)
     assert distances(batch, single).max() <= 1e-12
@@ -194,28 +201,30 @@ def test_fused_and_plain_convolutions_agree(relu, with_sum):
 # ------------------------------------------------------------------------------------------------ runs and processes
 
 
-DIGEST = """
-import hashlib
+def test_the_same_bytes_in_every_run_and_process(tmp_path):
+    """At one thread, which is also what a child of the tests has."""
+    image = np.random.default_rng(0).integers(0, 256, (1, 131, 97, 3), np.uint8)
+    arranged = for_inference(small(with_ma=True))
+    runs = {describe_batch(arranged, image, scales=SCALES).tobytes().hex() for _ in range(3)}
+    np.save(tmp_path / "image.npy", image)
+    torch.save(small(with_ma=True).state_dict(), tmp_path / "weights.pt")
+    program = script(tmp_path, f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{DESCRIBE}")
+    ended = python(program, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert runs == {ended.stdout.strip()}
+
+
+DESCRIBE = f"""
 import numpy as np
 import torch
 from evaler.multiscale import describe_batch
 from model.dolg import DOLG
 from model.inference import for_inference
 from model.resnet import ResNet
-torch.manual_seed(3)
-arranged = for_inference(DOLG(ResNet(50, width_per_group=8), with_ma=True).eval())
-image = np.random.default_rng(0).integers(0, 256, (1, 131, 97, 3), np.uint8)
-runs = [describe_batch(arranged, image, scales=(0.5, 1.0, 1.4142)).tobytes() for _ in range(3)]
-assert len(set(runs)) == 1
-print(hashlib.sha256(runs[0]).hexdigest())
+network = DOLG(ResNet(18), dim=24, with_ma=True).eval()
+network.load_state_dict(torch.load("weights.pt"))
+print(describe_batch(for_inference(network), np.load("image.npy"), scales={SCALES}).tobytes().hex())
 """
-
-
-def test_the_same_bytes_in_every_process(tmp_path):
-    program = script(tmp_path, f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{DIGEST}")
-    found = [python(program, cwd=tmp_path) for _ in range(2)]
-    assert all(ended.returncode == 0 for ended in found), found[0].stderr
-    assert found[0].stdout == found[1].stdout and len(found[0].stdout.strip()) == 64
 
 
 # -------------------------------------------------------------------------------------------------------- the goldens
@@ -232,34 +241,30 @@ def golden_network(weights: dict[str, torch.Tensor], variant: str) -> DOLG:
     return network.eval()
 
 
-@pytest.mark.parametrize("variant", ["R50_MA", "R50_noMA"])
+@pytest.mark.parametrize("variant", ["R50_MA", pytest.param("R50_noMA", marks=pytest.mark.soak)])
 def test_golden_descriptors(golden_weights, variant, way):
     golden = np.load(GOLDENS / "model" / "network.npz")
     arranged = for_inference(golden_network(golden_weights, variant))
     image = crop(decode(IMAGE), BOX)
-    batch = describe_batch(arranged, np.stack([image, image[::-1], image]), scales=SCALES)
-    for found in (describe_batch(arranged, image[None], scales=SCALES)[0], batch[0], batch[2]):
+    batch = describe_batch(arranged, np.stack([image, image[::-1]]), scales=SCALES)
+    for found in (describe_batch(arranged, image[None], scales=SCALES)[0], batch[0]):
         assert distances(found[::4], golden[f"{variant}/crop.feature"]) <= 1e-6
     assert distances(batch[1, ::4], golden[f"{variant}/crop.feature"]) > 1e-3
 
 
-@pytest.mark.parametrize("precision, tolerance", [("bf16", 1e-4), ("fp16", 1e-5)])
-def test_golden_descriptors_in_lower_precisions(golden_weights, precision, tolerance):
+def test_golden_descriptors_in_bf16(golden_weights):
     golden = np.load(GOLDENS / "model" / "network.npz")
-    arranged = for_inference(golden_network(golden_weights, "R50_MA"), precision=precision)
+    arranged = for_inference(golden_network(golden_weights, "R50_MA"), precision="bf16")
     found = describe_batch(arranged, crop(decode(IMAGE), BOX)[None], scales=SCALES)[0]
-    assert distances(found[::4], golden["R50_MA/crop.feature"]) <= tolerance
+    assert 1e-8 < distances(found[::4], golden["R50_MA/crop.feature"]) <= 1e-4
 
 
-@pytest.mark.slow
-def test_golden_descriptors_of_whole_images(golden_weights, shared):
-    for variant in ("R50_MA", "R50_noMA"):
-        golden = np.load(shared / "goldens" / "golden" / f"model_{variant}.npz")
-        arranged = for_inference(golden_network(golden_weights, variant))
-        for name in ("syn_224x224.png", "syn_320x213.png"):
-            image = decode(shared / "goldens" / "images" / name)
-            found = describe_batch(arranged, image[None], scales=SCALES)[0]
-            assert distances(found, golden[f"{name}/f64/full.feature"]) <= 1e-6
+@pytest.mark.soak
+def test_golden_descriptors_of_a_whole_image(golden_weights, shared):
+    golden = np.load(shared / "goldens" / "golden" / "model_R50_MA.npz")
+    image = decode(shared / "goldens" / "images" / "syn_224x224.png")
+    found = describe_batch(for_inference(golden_network(golden_weights, "R50_MA")), image[None], scales=SCALES)[0]
+    assert distances(found, golden["syn_224x224.png/f64/full.feature"]) <= 1e-6
 
 
 @pytest.mark.soak
@@ -270,7 +275,7 @@ def test_golden_descriptors_when_compiled(golden_weights):
     assert distances(found[::4], golden["R50_MA/crop.feature"]) <= 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_compiled_for_any_size():
     network = small(18, with_ma=True)
     arranged = for_inference(network, compiled=True)

@@ -45,37 +45,59 @@ def tar_gz(names: list[str]) -> bytes:
 
 
 def test_both_sets_by_default(downloader, file_server, shared):
-    """Archives as published: Oxford's images at the top, Paris's in folders, in two parts; here two are lacking."""
+    """Archives as published: Oxford's images at the top, Paris's in folders, in two parts; here most are lacking."""
     images = {}
     for name in ("roxford5k", "rparis6k"):
         truth = shared / "revisitop" / f"gnd_{name}.pkl"
         file_server.files[f"/truth/{name}/gnd_{name}.pkl"] = truth.read_bytes()
         gnd = groundtruth.load(truth)
-        images[name] = [f"{image}.jpg" for image in gnd.qimlist + gnd.imlist]
+        images[name] = [f"{image}.jpg" for image in gnd.imlist + gnd.qimlist]
     paris = [f"paris/{image.split('_')[1]}/{image}" for image in images["rparis6k"]]
-    file_server.files[OXFORD] = tar_gz(images["roxford5k"])
-    file_server.files[PARIS[0]] = tar_gz([*paris[:3000], "paris/a/paris_not_listed_000000.jpg"])
-    file_server.files[PARIS[1]] = tar_gz(paris[3001:-1])
+    file_server.files[OXFORD] = tar_gz(images["roxford5k"][:100])
+    file_server.files[PARIS[0]] = tar_gz([*paris[:50], "paris/a/paris_not_listed_000000.jpg"])
+    file_server.files[PARIS[1]] = tar_gz(paris[51:90])
     data = downloader.root / "datasets/data"
     result = downloader.run("download_revisitop.sh")
     assert result.returncode == 2
-    assert "roxford5k: found 5063 of 5063 images of gnd_roxford5k.pkl\n" in result.stdout
-    assert "rparis6k: found 6390 of 6392 images of gnd_rparis6k.pkl\n" in result.stdout
-    first = images["rparis6k"][3000]
-    assert result.stderr.splitlines()[-1].startswith(f"error: rparis6k: 2 of 6392 images are missing, the first is {first}")
-    assert {path.name for path in (data / "roxford5k/jpg").iterdir()} == set(images["roxford5k"])
+    assert "roxford5k: found 100 of 5063 images of gnd_roxford5k.pkl\n" in result.stdout
+    assert "rparis6k: found 89 of 6392 images of gnd_rparis6k.pkl\n" in result.stdout
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(
+        f"error: roxford5k: 4963 of 5063 images are missing, the first is {images['roxford5k'][100]}; "
+    )
+    assert f"; rparis6k: 6303 of 6392 images are missing, the first is {images['rparis6k'][50]}; delete " in line
+    assert sorted(path.name for path in (data / "roxford5k/jpg").iterdir()) == sorted(images["roxford5k"][:100])
     assert (data / "roxford5k/jpg" / images["roxford5k"][0]).read_text() == images["roxford5k"][0]
-    assert len(list((data / "rparis6k/jpg").iterdir())) == 6390
+    assert len(list((data / "rparis6k/jpg").iterdir())) == 89
     assert {path.name for path in (data / "rparis6k").iterdir()} == {"gnd_rparis6k.pkl", "jpg", "unpacked.json"}
 
-    # The mended archive is fetched again when its mark is gone, and the other set is not.
-    file_server.files[PARIS[1]] = tar_gz(paris[3000:])
+    # A mended archive is fetched when its mark is gone, and those of the other set are not.
+    file_server.files[PARIS[1]] = tar_gz(paris[50:90])
     file_server.asked.clear()
     (data / "rparis6k/unpacked.json").unlink()
     result = downloader.run("download_revisitop.sh")
-    assert result.returncode == 0, result.stderr
     assert file_server.asked == [(PARIS[0], None), (PARIS[1], None)]
-    assert "rparis6k: found 6392 of 6392 images of gnd_rparis6k.pkl\n" in result.stdout
+    assert "paris_2-v1.tgz: 40 images, 39 of them were there already\n" in result.stdout
+    assert "rparis6k: found 90 of 6392 images of gnd_rparis6k.pkl\n" in result.stdout
+
+
+def test_a_complete_set_is_code_0(downloader, file_server, shared, tmp_path):
+    truth = shared / "revisitop/gnd_roxford5k.pkl"
+    folder = tmp_path / "data/roxford5k"
+    folder.mkdir(parents=True)
+    shutil.copy(truth, folder)
+    (folder / "jpg").symlink_to(tmp_path / "disk")  # a link to another disk
+    (tmp_path / "disk").mkdir()
+    gnd = groundtruth.load(truth)
+    first, *others = [f"{image}.jpg" for image in gnd.imlist + gnd.qimlist]
+    (tmp_path / "disk" / others[0]).touch()
+    for image in others[1:]:  # links, since files take long to make
+        (tmp_path / "disk" / image).hardlink_to(tmp_path / "disk" / others[0])
+    file_server.files[OXFORD] = tar_gz([first])
+    result = downloader.run("download_revisitop.sh", "--data-dir", str(tmp_path / "data"), "roxford5k")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("roxford5k: found 5063 of 5063 images of gnd_roxford5k.pkl\n")
+    assert (tmp_path / "disk" / first).read_text() == first and (folder / "jpg").is_symlink()
 
 
 def test_options_and_names_in_any_order(downloader, file_server, tmp_path):
