@@ -82,7 +82,7 @@ class ImageFile:
 
     def __init__(self, path: str | os.PathLike, data: bytes | None = None, *, max_pixels: int = MAX_PIXELS) -> None:
         """Reads the file, unless its `data` are given. Raises ImageError as `decode` does."""
-        self.path, self._data = path, _read(path) if data is None else data
+        self.path, self._data = path, read_file(path) if data is None else data
         self._frame: Frame | None = None
         try:
             self._stored = self._read_header(max_pixels)
@@ -94,7 +94,7 @@ class ImageFile:
         if not self._data:
             raise ImageError("the file is empty")
         if len(self._data) > MAX_BYTES:
-            raise ImageError(_too_many_bytes(len(self._data)))
+            raise ImageError(too_many_bytes(len(self._data)))
         self._format = format_of(self._data)
         if self._format == "JPEG":
             self._frame = read_jpeg(self._data)
@@ -210,7 +210,8 @@ def _lenient(jpeg: bytes, size: Size) -> np.ndarray | None:
     return None if image[-1].tobytes() == mark.tobytes() else image
 
 
-def _read(path: str | os.PathLike) -> bytes:
+def read_file(path: str | os.PathLike) -> bytes:
+    """The bytes of a file. Raises ImageError for what is missing, no regular file, too large, or unreadable."""
     try:
         # Without O_NONBLOCK a named pipe would be waited for.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -218,7 +219,7 @@ def _read(path: str | os.PathLike) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError(f"{path}: not a regular file (a pipe or device)")
             if status.st_size > MAX_BYTES:
-                raise ImageError(f"{path}: {_too_many_bytes(status.st_size)}")
+                raise ImageError(f"{path}: {too_many_bytes(status.st_size)}")
             return file.read()
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
@@ -228,5 +229,5 @@ def _read(path: str | os.PathLike) -> bytes:
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _too_many_bytes(found: int) -> str:
+def too_many_bytes(found: int) -> str:
     return f"{found} bytes, more than {MAX_BYTES} (mend: compress it, or make it smaller)"

@@ -3,17 +3,15 @@
 import hashlib
 import itertools
 import os
-import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
-from datasets.image import ImageError
+from datasets.image import ImageError, read_file
 
 Box = tuple[float, float, float, float]
-MAX_FILE_BYTES = 2**29  # no photograph has more; a file is read as a whole
 THREADS = 16  # of those that ask for sizes: on a network disk nearly all of the time is waiting
 BLOCK = 4096  # images that are asked for, or hashed, at once
 
@@ -25,7 +23,7 @@ class Files(Protocol):
         """What messages call an image."""
 
     def read(self, index: int) -> bytes:
-        """The file's bytes, at least one. Raises `ImageError`."""
+        """The file's bytes. Raises `ImageError`."""
 
     def sizes(self) -> np.ndarray:
         """Bytes of every file, int64 [N]; -1 for one that is missing."""
@@ -50,7 +48,7 @@ class ImageList:
         return self._files.source(index)
 
     def read(self, index: int) -> bytes:
-        """The bytes of the image's file. Raises `ImageError` for one that cannot be read, or is empty."""
+        """The bytes of the image's file. Raises `ImageError` for one that cannot be read."""
         return self._files.read(index)
 
     def sha256(self, *, missing_ok: bool = False) -> str:
@@ -98,29 +96,3 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except OSError:
         return -1
-
-
-def read_file(path: str) -> bytes:
-    """The bytes of a file, at least one. Raises `ImageError` for what is missing, no file, too large, or unreadable."""
-    try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError(f"{path}: neither a file nor a link to one")
-            if status.st_size > MAX_FILE_BYTES:
-                raise ImageError(f"{path}: {status.st_size} bytes are not an image (at most {MAX_FILE_BYTES} are read)")
-            data = file.read()
-    except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise ImageError(f"{path}: a folder, not an image file") from error
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
-    if not data:
-        raise ImageError(f"{path}: the file is empty")
-    return data
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Opening a named pipe would wait for someone who writes into it."""
-    return os.open(path, flags | os.O_NONBLOCK)

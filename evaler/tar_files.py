@@ -4,8 +4,7 @@ import os
 
 import numpy as np
 
-from datasets.image import ImageError
-from evaler.image_list import MAX_FILE_BYTES
+from datasets.image import MAX_BYTES, ImageError, too_many_bytes
 from evaler.tar_index import Archive, TarIndex
 
 
@@ -34,8 +33,8 @@ class TarFiles:
         archive, size = self._archive(index), int(self._index.sizes[index])
         if size == 0:
             raise ImageError(f"{self.source(index)}: the file is empty")
-        if size > MAX_FILE_BYTES:
-            raise ImageError(f"{self.source(index)}: {size} bytes are no image (at most {MAX_FILE_BYTES} are read)")
+        if size > MAX_BYTES:
+            raise ImageError(f"{self.source(index)}: {too_many_bytes(size)}")
         try:
             opened = self._opened  # of our own from here on: another thread may put another one in its place
             if opened is None or opened.archive is not archive:

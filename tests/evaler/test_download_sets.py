@@ -410,11 +410,16 @@ def raw_header(name: str, size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
         (tar(("unwanted.bin", b"x" * 3000)), r"'unwanted.bin' has 3000 bytes"),
         (tar("good.jpg")[:2560] + raw_header("a/evil.jpg", b"7" * 11 + b"\0"), r"'a/evil.jpg' has 8589934591 bytes"),
         (raw_header("a/evil.jpg", b"\x80" + b"\0" * 3 + b"\xff" * 8), r"has 18446744073709551615 bytes"),
-        (raw_header("a/evil.jpg", b"\xff" * 10 + b"\x02\0"), r"has -\d+ bytes|damaged"),  # leads back to its own header
+        # Leads back to its own header; newer Pythons notice it themselves.
+        (tar("good.jpg")[:2560] + raw_header("a/evil.jpg", b"\xff" * 10 + b"\xfe\0"), r"has -512 bytes|damaged"),
         (raw_header("name", b"7" * 11 + b"\0", tarfile.GNUTYPE_LONGNAME), r"damaged .*a header of 858993"),
         (raw_header("name", b"7" * 11 + b"\0", tarfile.XHDTYPE), r"damaged .*a header of 858993"),
         (raw_header("name", b"\xff" * 10 + b"\x02\0", tarfile.XHDTYPE), r"damaged"),
-        (tar(*(f"{i}.jpg" for i in range(30))), r"x.tar.gz: holds more than the 40000 bytes that are allowed"),
+        # Noticed on the way, before what is wrong at its end.
+        (
+            tar(*(f"{i}.jpg" for i in range(30)))[: 30 * 2560] + b"\7" * 512,
+            r"x.tar.gz: holds more than the 40000 bytes that are allowed",
+        ),
         (tar() + b"\0" * 100_000, r"x.tar.gz: holds more than the 40000 bytes"),
     ],
 )

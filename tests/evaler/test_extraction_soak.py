@@ -182,11 +182,12 @@ def test_a_million_images_in_eight_shards_killed_a_hundred_times(tmp_path, share
 @pytest.mark.soak
 def test_full_size_photographs_at_five_scales_killed_twenty_times(tmp_path, shared):
     torch.manual_seed(3)
-    network = builders.build_descriptor(load_cfg(None, overrides(SMALL_MODEL)))
+    small = SMALL_MODEL | {"MODEL.FUSION": "global", "MODEL.HEADS.IN_FEAT": 2048}
+    network = builders.build_descriptor(load_cfg(None, overrides(small)))
     torch.save(network.state_dict(), tmp_path / "weights.pyth")
     (tmp_path / "some.yaml").touch()
     command = [sys.executable, str(ROOT / "evaler" / "infer.py"), "--cfg", "some.yaml"]
-    command += overrides(SMALL_MODEL, {"NUM_GPUS": 0, "TEST.WEIGHTS": "weights.pyth", "INFER.CHUNK_SIZE": 16})
+    command += overrides(small, {"NUM_GPUS": 0, "TEST.WEIGHTS": "weights.pyth", "INFER.CHUNK_SIZE": 16})
     place = Place(tmp_path, command, real_photographs(shared, "distractors"), 5000)
     expected = place.expected()
     start = time.monotonic()

@@ -147,14 +147,14 @@ def test_files_that_cannot_be_read_are_named_at_once(tmp_path):
         "absent": "no such file",
         "folder": "a folder, not an image file",
         "empty": "the file is empty",
-        "pipe": "neither a file nor a link to one",
+        "pipe": "not a regular file (a pipe or device)",
         "circle": "cannot be read (Too many levels of symbolic links)",
-        "huge": "536870913 bytes are not an image (at most 536870912 are read)",
+        "huge": "536870913 bytes, more than 268435456 (mend: compress it, or make it smaller)",
     }
     images = ImageList(list(reasons), LooseFiles(tmp_path, list(reasons)))
     for index, (name, reason) in enumerate(reasons.items()):
         with pytest.raises(ImageError) as raised:
-            images.read(index)
+            read_cropped(images, index)
         assert str(raised.value) == f"{tmp_path}/{name}: {reason}"
 
 
