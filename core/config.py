@@ -133,7 +133,7 @@ _C.INFER.SKIP_BROKEN = 0  # so many images of a collection may be rejected and l
 _C.INFER.MIN_SIDE = 16  # pixels; an image, or a query's box, with a shorter side is rejected
 _C.INFER.MAX_ASPECT = 50.0  # so is one whose longer side is more than this times the shorter
 _C.INFER.MAX_PIXELS = 2**26  # and one whose header tells of more pixels, before it is decoded
-_C.INFER.MAX_LEVEL_PIXELS = 2**24  # an image with more at its largest scale is made smaller first
+_C.INFER.MAX_LEVEL_PIXELS = 2**25  # an image with more at its largest scale is made smaller first
 _C.INFER.DTYPE = "float32"  # float32 | float16 of the descriptors on disk
 _C.INFER.EXPORT = []  # also write them as: mat, npz
 

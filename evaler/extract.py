@@ -26,14 +26,13 @@ from datasets.image import ImageError
 from evaler.chunks import PLACES, Plan, name_lines, plans, present, read_header, read_plan, write_chunk, write_plan
 from evaler.exports import export
 from evaler.features import Features, FeaturesError, Rejected, differing_keys, feature_path, load, read_manifest
-from evaler.images import ImageList, distractors, named_images, revisited_set
+from evaler.images import DISTRACTORS, ImageList, distractors, named_images, revisited_set
 from evaler.join import join, missing
 from evaler.multiscale import describe_batch
 from evaler.pictures import Broken, Limits, Picture, Pictures, by_size, decoded
 from model.inference import for_inference
 
 GPU_BATCH_SIZE, GPU_WORKERS = 8, 4  # where the configuration leaves it open
-DISTRACTORS = "revisitop1m"
 
 
 @entry_point

@@ -14,9 +14,10 @@ from evaler.tar_files import TarFiles
 from evaler.tar_index import tar_index
 from revisitop import groundtruth
 
-__all__ = ["Box", "ImageList", "crop", "distractors", "named_images", "read_cropped", "revisited_set"]
+__all__ = ["DISTRACTORS", "Box", "ImageList", "crop", "distractors", "named_images", "read_cropped", "revisited_set"]
 
 KEY = "INFER.IMAGES"
+DISTRACTORS = "revisitop1m"  # the set without queries
 
 
 def revisited_set(data_dir: str | os.PathLike, name: str, *, crop_query: bool) -> dict[str, ImageList]:
@@ -32,7 +33,7 @@ def revisited_set(data_dir: str | os.PathLike, name: str, *, crop_query: bool) -
     return {"queries": images(truth.qimlist, boxes), "database": images(truth.imlist, None)}
 
 
-def distractors(data_dir: str | os.PathLike, name: str = "revisitop1m") -> ImageList:
+def distractors(data_dir: str | os.PathLike, name: str = DISTRACTORS) -> ImageList:
     """The files DATA_DIR/<name>/jpg/... that DATA_DIR/<name>/<name>.txt lists, with their extensions, in its order.
 
     Raises `ImageError` for a list that is missing or cannot be used.

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from datasets.transforms import MEAN_BGR, SD_BGR, normalise_into, preprocess, resize_bilinear, scaled_size
 
-# Of the largest level of an image: 8.4 million pixels of photograph at scale 1.4142.
-MAX_LEVEL_PIXELS = 2**24
+# Of the largest level of an image: 16.8 million pixels of photograph at scale 1.4142.
+MAX_LEVEL_PIXELS = 2**25
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def reduce_to_fit(image: np.ndarray, *, scales: Sequence[float], max_pixels: int
     """uint8 [H, W, 3] -> the same image, or, if its largest level has more than `max_pixels`, a smaller one that fits.
 
     It is averaged over areas, aspect kept. A ResNet-101 with multi-atrous holds 176 bytes for a pixel of the largest
-    level at fp32 (106 at bf16; peak memory on a CPU), 3 GB at the default: room for cuDNN on a GPU of 16 GB. Reduced
+    level at fp32 (106 at bf16; peak memory on a CPU), 6 GB at the default: room for cuDNN on a GPU of 16 GB. Reduced
     pictures have other descriptors: 1 - cosine of 1e-3 to 2e-3 at 12 million pixels, at 48 million 1e-3 to 8e-2, the
     more the softer they are (three pictures, a ResNet-18 trained for minutes, against the whole size).
     """

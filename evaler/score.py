@@ -12,6 +12,7 @@ import numpy as np
 from core.config import load_cfg_from_args
 from core.environment import atomic_write, entry_point, sha256_file
 from evaler.features import LIST_KEYS, Features, FeaturesError, align, chunks, differing_keys, load
+from evaler.images import DISTRACTORS
 from revisitop import groundtruth, protocol
 from revisitop.groundtruth import GroundTruth
 
@@ -107,7 +108,11 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"INFER.IMAGES {cfg.INFER.IMAGES}: a folder has no ground truth, so there is nothing to score")
     if not cfg.INFER.DATASETS:
         raise ValueError("INFER.DATASETS is empty: there is nothing to score")
+    if DISTRACTORS in cfg.INFER.DATASETS:
+        print(f"note: {DISTRACTORS} has no queries and is not scored by itself", file=sys.stderr)
     for name in cfg.INFER.DATASETS:
+        if name == DISTRACTORS:
+            continue
         score = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR)
         configured = {"scales": cfg.INFER.SCALES, "crop_query": cfg.INFER.CROP_QUERY}
         for key, value in configured.items():

@@ -1,6 +1,7 @@
 """Time ours against the published way.
 
 python scripts/benchmark.py head|loader|step|extract [--mode MODE] [--json FILE]
+python scripts/benchmark.py drift --cfg FILE [--images N] [--compile] [--json FILE] [KEY VALUE ...]
 """
 
 import os
@@ -18,7 +19,9 @@ import torch
 
 from core.benchmark import report
 from core.benchmark_training import head_cases, loader_cases, step_cases
+from core.config import load_cfg
 from core.environment import entry_point
+from evaler import drift
 from evaler.benchmark_extraction import extract_cases
 
 MODES = {"loader": ("exact", "fast"), "extract": ("fp32", "bf16", "fp16")}  # the first is the default
@@ -30,19 +33,32 @@ def main(argv: list[str] | None = None) -> None:
         description="Time ours against a plain implementation of the published way, side by side in one process.",
         epilog="Run it on an idle machine: the load is printed with the result. The ratio that counts is the smallest.",
     )
-    parser.add_argument("name", choices=["head", "loader", "step", "extract"], help="what to time")
+    parser.add_argument("name", choices=["head", "loader", "step", "extract", "drift"], help="what to time")
     parser.add_argument("--mode", help="loader: exact (the default) or fast; extract: fp32 (the default), bf16 or fp16")
     parser.add_argument("--size", type=int, help="side of the images in pixels (loader: 512, step: 224, extract: 1024)")
     parser.add_argument("--batch", type=int, help="images a batch (head: 8 and 64, step: 8)")
     parser.add_argument("--depth", type=int, default=50, choices=[50, 101, 152], help="of the ResNet")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], help="of the step (default: the best)")
-    parser.add_argument("--compile", action="store_true", help="compile our step")
+    parser.add_argument("--compile", action="store_true", help="compile our step; drift: compare that network too")
     parser.add_argument("--threads", type=int, help="of PyTorch, for both sides")
     parser.add_argument("--seconds", type=float, default=16.0, help="how long to time each case, about")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
-    args = parser.parse_args(argv)
+    parser.add_argument("--cfg", metavar="FILE", help="drift: YAML file of settings, of the weights and the set")
+    parser.add_argument("--images", type=int, help="drift: of each collection only so many, without scores")
+    parser.add_argument("settings", nargs="*", metavar="KEY VALUE", help="drift: settings that win over FILE")
+    args = parser.parse_intermixed_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.name == "drift":
+        if args.cfg is None:
+            parser.error("drift needs --cfg FILE")
+        rows = drift.drift(load_cfg(args.cfg, args.settings), most=args.images, compiled=args.compile)
+        print(drift.table(rows))
+        if args.json:
+            drift.write(rows, args.json)
+        return
+    if args.settings:
+        parser.error(f"{args.name} takes no settings: {' '.join(args.settings)}")
     modes = MODES.get(args.name, ("",))
     mode = args.mode or modes[0]
     if mode not in modes:

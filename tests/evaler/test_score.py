@@ -102,6 +102,12 @@ def test_the_order_on_disk_does_not_matter(place):
     assert evaluate(place, cwd="/").stdout == expected
 
 
+def test_distractors_are_left_out_with_a_note(place):
+    expected = evaluate(place).stdout
+    result = evaluate(place, "INFER.DATASETS", "tiny,revisitop1m")
+    assert result.stdout == expected and "note: revisitop1m has no queries" in result.stderr
+
+
 def test_half_precision_on_disk(place):
     expected = evaluate(place).stdout
     save(place / "out" / "features" / "tiny", "database", database(), dtype="float16")
