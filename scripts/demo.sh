@@ -11,15 +11,19 @@ make_environment
 cd "$root"
 config=configs/resnet18_dolg_toy.yaml
 
-# run FILE ARGUMENT...: show a Python command and run it
+# run FILE ARGUMENT...: show a command and run it
 run() {
-    printf '\n$ python %s\n' "$*"
-    "$python" "$@"
+    case $1 in
+    *.sh) interpreter=sh ;;
+    *) interpreter=python ;;
+    esac
+    printf '\n$ %s %s\n' $interpreter "$*"
+    if [ $interpreter = sh ]; then PYTHON=$python sh "$@"; else "$python" "$@"; fi
 }
 
 # score RUN: extract and score with the newest checkpoint of output/demo/RUN
 score() {
-    run evaler/infer.py --cfg $config OUT_DIR "output/demo/$1"
+    run scripts/run_extractor.sh $config OUT_DIR "output/demo/$1"
     run evaler/evaluate.py --cfg $config OUT_DIR "output/demo/$1"
     cp "output/demo/$1/scores/toy.json" "output/demo/$1.json"
 }

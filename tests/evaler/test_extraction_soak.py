@@ -187,7 +187,9 @@ def test_full_size_photographs_at_five_scales_killed_twenty_times(tmp_path, shar
     torch.save(network.state_dict(), tmp_path / "weights.pyth")
     (tmp_path / "some.yaml").touch()
     command = [sys.executable, str(ROOT / "evaler" / "infer.py"), "--cfg", "some.yaml"]
-    command += overrides(small, {"NUM_GPUS": 0, "TEST.WEIGHTS": "weights.pyth", "INFER.CHUNK_SIZE": 16})
+    # In bf16 it takes half the time.
+    settings = {"NUM_GPUS": 0, "TEST.WEIGHTS": "weights.pyth", "INFER.CHUNK_SIZE": 16, "INFER.PRECISION": "bf16"}
+    command += overrides(small, settings)
     place = Place(tmp_path, command, real_photographs(shared, "distractors"), 5000)
     expected = place.expected()
     start = time.monotonic()
