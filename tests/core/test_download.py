@@ -53,7 +53,11 @@ def test_a_file_arrives_whole_and_is_not_fetched_twice(file_server, tmp_path):
     assert len(file_server.asked) == 1
 
 
-@pytest.mark.parametrize("validators", [{"ETag"}, {"Last-Modified"}, {"weak", "Last-Modified"}, set()], ids=str)
+@pytest.mark.parametrize(
+    "validators",
+    [{"ETag"}, {"Last-Modified"}, {"weak", "Last-Modified"}, set()],
+    ids=["ETag", "Last-Modified", "weak ETag", "none"],
+)
 def test_a_broken_download_goes_on_where_it_stopped(file_server, broken_off, validators):
     file_server.validators = validators
     target = broken_off()
