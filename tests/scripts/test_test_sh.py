@@ -18,7 +18,8 @@ def test_the_first_run_makes_the_environment_and_the_second_reuses_it(sandbox):
     assert tests["args"] == ["-m", "pytest", "-k", "two words"]
     assert Path(tests["cwd"]).samefile(sandbox.root)
     sandbox.run("test.sh")
-    assert sandbox.steps() == ["pytest"]
+    (tests,) = sandbox.calls()
+    assert tests["args"] == ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
 
 
 def test_the_exit_code_is_that_of_the_tests(sandbox):
