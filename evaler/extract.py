@@ -207,6 +207,7 @@ class Job:
 
     def extract(self, cut: int, total: int, counter: Counter) -> None:
         """Write the chunks of a shard that are not there. Raises `ImageError` naming an image that cannot be used."""
+        self._tell_of_replaced()
         for other in plans(self.parent):
             if other.name.startswith(f"{self.plan.collection}.") and other != self.folder:
                 self._tell_of(other)
@@ -223,6 +224,19 @@ class Job:
                     stack.enter_context(folder_lock(self.folder, shared=True))
                     write_plan(self.parent, self.plan)
                 write_chunk(self.folder, self.plan, number, content)
+
+    def _tell_of_replaced(self) -> None:
+        try:
+            old = read_manifest(self.parent, self.plan.collection)
+        except FeaturesError:
+            return
+        keys = differing_keys(old["provenance"], self.plan.provenance, but=PLACES)
+        if keys:
+            print(
+                f"note: {self.title}: {old['count']} descriptors extracted in another way (differs in "
+                f"{', '.join(keys)}) are replaced once the new ones are complete",
+                file=sys.stderr,
+            )
 
     def _tell_of(self, folder: Path) -> None:
         try:

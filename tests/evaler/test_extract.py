@@ -279,6 +279,17 @@ def test_what_was_made_in_another_way_is_made_again(place, described, more, agai
     assert len(described) == again
 
 
+def test_what_is_replaced_is_told_of(place, tree, capsys):
+    place.run()
+    place.run(INFER__SCALES="[1]")
+    err = capsys.readouterr().err
+    assert "note: toy database: 5 descriptors extracted in another way (differs in scales) are replaced once" in err
+    other = write_image(place.root / "elsewhere" / "photos" / "x.png", photograph(1)).parent
+    place.run(INFER__IMAGES=tree)
+    place.run(INFER__IMAGES=other)  # a folder of the same name
+    assert "photos images: 4 descriptors extracted in another way (differs in list_sha256)" in capsys.readouterr().err
+
+
 def test_other_weights_of_the_same_name_are_noticed(place, weights, described):
     place.weights = place.root / "weights.pyth"
     place.weights.write_bytes(weights[0].read_bytes())
