@@ -9,5 +9,5 @@ root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 make_environment requirements-dev.txt
 cd "$root"
 # Tests of one file share what it sets up. More processes would only fight: many tests start two of their own.
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile
+[ $# -gt 0 ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
 exec "$python" -m pytest "$@"

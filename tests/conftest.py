@@ -25,6 +25,11 @@ settings.register_profile("repository", deadline=None, database=None)
 settings.load_profile("repository")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, or one of two processes would wait for the other in the end."""
+    items.sort(key=lambda item: item.path.parent.name != "tests")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder beside the repository with the published code's numbers, ground truth and photographs."""

@@ -19,7 +19,7 @@ def test_the_first_run_makes_the_environment_and_the_second_reuses_it(sandbox):
     assert Path(tests["cwd"]).samefile(sandbox.root)
     sandbox.run("test.sh")
     (tests,) = sandbox.calls()
-    assert tests["args"] == ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
+    assert tests["args"] == ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def test_the_exit_code_is_that_of_the_tests(sandbox):
