@@ -4,7 +4,7 @@ import os
 
 # Before torch, OpenCV or BLAS are loaded, and for the processes that tests start: small tensors on many threads are
 # slower than on two, and several test processes must not fight for the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take the cores from others
 
 import hashlib

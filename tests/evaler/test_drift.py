@@ -7,7 +7,8 @@ import torch
 
 from core import builders
 from core.config import load_cfg
-from tests.small_run import ROOT, SMALL_MODEL, overrides, python, retrieval_set
+from scripts import benchmark
+from tests.small_run import SMALL_MODEL, overrides, retrieval_set
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +22,22 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(place, *more):
-    keys = {"NUM_GPUS": 0, "INFER.DATA_DIR": "data", "INFER.DATASETS": "toy", "TEST.WEIGHTS": "weights.pyth"}
-    settings = overrides(SMALL_MODEL, keys)
-    command = ("drift", "--cfg", "some.yaml", *settings, "--json", "drift.json", *more)
-    ended = python(ROOT / "scripts" / "benchmark.py", *command, cwd=place)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout, {row["variant"]: row for row in json.loads((place / "drift.json").read_text())["rows"]}
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+
+    def run(*more):
+        keys = {"NUM_GPUS": 0, "INFER.DATA_DIR": "data", "INFER.DATASETS": "toy", "TEST.WEIGHTS": "weights.pyth"}
+        settings = overrides(SMALL_MODEL, keys)
+        benchmark.main(["drift", "--cfg", "some.yaml", *settings, "--json", "drift.json", *more])
+        rows = {row["variant"]: row for row in json.loads((place / "drift.json").read_text())["rows"]}
+        return capsys.readouterr().out, rows
+
+    return run
 
 
-def test_a_whole_set_with_its_scores(place):
-    out, rows = run(place)
+def test_a_whole_set_with_its_scores(run):
+    out, rows = run()
     plain = rows["plain network"]
     assert plain["largest"] == plain["mean"] == 0 and len(plain["scores"]) == 3
     for name in ("fp32", "fp32, batches of 8"):
@@ -47,13 +53,16 @@ def test_a_whole_set_with_its_scores(place):
     assert "mAP" in out.splitlines()[0]
 
 
-def test_a_few_images_have_no_scores(place):
-    out, rows = run(place, "--images", "2")
+def test_a_few_images_have_no_scores(run):
+    out, rows = run("--images", "2")
     assert all(row["scores"] == [] for row in rows.values()) and " - " in out
 
 
-def test_mistakes(place):
-    ended = python(ROOT / "scripts" / "benchmark.py", "drift", cwd=place)
-    assert ended.returncode == 2 and "drift needs --cfg FILE" in ended.stderr
-    ended = python(ROOT / "scripts" / "benchmark.py", "head", "A", "B", cwd=place)
-    assert ended.returncode == 2 and "head takes no settings: A B" in ended.stderr
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["drift"], "drift needs --cfg FILE"), (["head", "A", "B"], "head takes no settings: A B")],
+)
+def test_mistakes(capsys, arguments, said):
+    with pytest.raises(SystemExit) as raised:
+        benchmark.main(arguments)
+    assert raised.value.code == 2 and said in capsys.readouterr().err
