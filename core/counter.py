@@ -15,8 +15,9 @@ PROGRESS_PIPE = "DOLG_PROGRESS_PIPE"
 
 
 def bar(iterable: Iterable | None, title: str, *, unit: str, **more) -> tqdm:
-    """A bar on stderr; `more` is tqdm's."""
+    """A bar on stderr, unless a parent shows one for all; `more` is tqdm's."""
     live = sys.stderr.isatty()
+    more["disable"] = more.get("disable", False) or PROGRESS_PIPE in os.environ
     return tqdm(iterable, desc=title, unit=unit, mininterval=0.2 if live else 10.0, dynamic_ncols=live, **more)
 
 

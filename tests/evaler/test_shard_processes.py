@@ -15,14 +15,19 @@ from evaler.shard_processes import shard_count, visible_gpus
 from tests.small_run import ROOT, child_environment, script
 
 # Stands in for evaler/infer.py: notes how it was called, tells its progress, and ends as FAIL says.
-INFER = """
-import os, sys, time
+INFER = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+""" + """
+import os, time
 keys = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 cut, total = keys["INFER.CUT_NUM"], keys["INFER.TOTAL_NUM"]
 with open(os.path.join(keys["OUT_DIR"], f"call-{cut}"), "w") as file:
     print(os.getpid(), cut, total, os.environ["CUDA_VISIBLE_DEVICES"] or "-", keys.get("NUM_GPUS", "unset"), file=file)
 pipe = int(os.environ["DOLG_PROGRESS_PIPE"])
-print("weights: some")
+print("weights: some", flush=True)
+from core.counter import bar
+list(bar(range(3), "joining", unit="chunk"))
 for done in range(11):
     os.write(pipe, b"%d 10\\n" % done)
     time.sleep(float(os.environ.get("SECONDS_AN_IMAGE", "0")))
