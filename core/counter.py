@@ -26,7 +26,7 @@ class Counter:
 
     def __init__(self, title: str, *, unit: str, total: int) -> None:
         self._pipe = int(os.environ.get(PROGRESS_PIPE, "-1"))
-        self._bar = bar(None, title, unit=unit, total=total) if self._pipe < 0 else None
+        self._bar = bar(None, title, unit=unit, total=total, disable=total == 0) if self._pipe < 0 else None
         self._done, self._total, self._told = 0, total, 0.0
 
     def __enter__(self) -> "Counter":

@@ -76,6 +76,8 @@ def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
     gpu = cfg.NUM_GPUS > 0 and torch.cuda.is_available()
     if cfg.NUM_GPUS and not gpu:
         print(f"note: NUM_GPUS is {cfg.NUM_GPUS}, but no GPU can be used here: the CPU is", file=sys.stderr)
+    if cfg.INFER.PRECISION == "fp16" and not gpu:
+        print("note: INFER.PRECISION fp16 takes many times longer on a CPU; bf16 is made for it", file=sys.stderr)
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:

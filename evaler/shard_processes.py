@@ -17,6 +17,7 @@ from tqdm import tqdm
 from core.config import load_cfg
 from core.counter import PROGRESS_PIPE, bar
 from core.environment import ROOT, entry_point
+from core.lock import folder_lock
 
 USAGE = "usage: [SHARDS=N] sh scripts/run_extractor.sh CFG [KEY VALUE ...]"
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL
@@ -38,9 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     if not gpus:
         overrides += ["NUM_GPUS", "0"]
     logs = Path(cfg.OUT_DIR) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     shards = []
-    with _ending(shards):
+    with folder_lock(logs), _ending(shards):  # a second start would write into the same logs
         for number in range(1, count + 1):
             device = gpus[(number - 1) % len(gpus)] if gpus else ""
             shards.append(Shard.start(number, count, [path, *overrides], device=device, logs=logs))

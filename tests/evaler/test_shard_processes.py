@@ -171,6 +171,19 @@ def test_a_signal_ends_the_shards(place, send, number):
     assert not any(map(running, pids))
 
 
+def test_a_second_start_is_refused_while_the_first_is_at_work(place):
+    first = place.start(SHARDS="1", SECONDS_AN_IMAGE="5")
+    deadline = time.monotonic() + 30
+    while not place.calls() or not place.calls()[0]:
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.02)
+    second = place.run(SHARDS="1")
+    first.terminate()
+    first.communicate(timeout=20)
+    assert second.returncode == 2
+    assert second.stderr == "error: out/logs is in use by another run: wait, or name another OUT_DIR\n"
+
+
 def test_shards_end_when_the_process_that_started_them_is_killed(place):
     """Really: `Counter.add`, in place of the stand-in's own writing."""
     (place.folder / "evaler" / "infer.py").write_text(
