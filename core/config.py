@@ -128,6 +128,7 @@ _C.INFER.BATCH_SIZE = 0  # images of one size described together; 0: 1 on the CP
 _C.INFER.NUM_WORKERS = -1  # processes that decode ahead of the network, for each shard; -1: 4 on a GPU, none on the CPU
 _C.INFER.PRECISION = "fp32"  # fp32 | bf16 | fp16 of the network; the descriptor is float32 in all of them
 _C.INFER.COMPILE = False  # torch.compile of the network
+_C.INFER.GPU_JPEG = False  # decode JPEGs on the GPU (needs torchvision): less work for the CPU, slightly other pixels
 _C.INFER.THREADS = 1  # of a shard on the CPU; sums in float32 depend on it
 _C.INFER.SKIP_BROKEN = 0  # so many images of a collection may be rejected and listed; 0: the first one stops
 _C.INFER.MIN_SIDE = 16  # pixels; an image, or a query's box, with a shorter side is rejected

@@ -45,13 +45,17 @@ def ending(error: Exception) -> tuple[int, str] | None:
         return USER_ERROR_EXIT_CODE, f"{error.filename}: {error.strerror}"
     if isinstance(error, FloatingPointError):  # a loss that is not finite
         return FAILURE_EXIT_CODE, str(error)
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # PyTorch's words
+        reason = " ".join(str(error).split()).rstrip(". ")
+        return FAILURE_EXIT_CODE, f"{reason}; short of memory? use fewer workers. Run this again to go on"
     return None
 
 
 def entry_point(main: Callable) -> Callable:
     """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2.
 
-    So does a file that the system refuses to read or write. A loss that is not finite gives one line and code 1.
+    So does a file that the system refuses to read or write. A loss that is not finite and a killed loader worker give
+    one line and code 1.
     Ctrl-C gives 130 and SIGTERM 143, both after cleaning up.
     """
 

@@ -1,6 +1,7 @@
 """OUT_DIR: made when everything has been checked, and not left behind by a run that saved nothing."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,15 @@ def write_config(cfg: CfgNode) -> None:
             file.write(cfg.dump().encode())
     except OSError as error:
         raise ValueError(f"OUT_DIR {cfg.OUT_DIR} cannot be written: {error.strerror}") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `ValueError` if `folder` cannot be made or written into; nothing is made."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{folder} cannot be made: {nearest} is a file; name another OUT_DIR")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: no permission in {nearest}; name another OUT_DIR")
 
 
 @contextlib.contextmanager

@@ -115,6 +115,13 @@ class ImageFile:
         return self._frame.upright if self._frame is not None else None
 
     @property
+    def orientation(self) -> int | None:
+        """EXIF's orientation of a plain JPEG (8 bits, grey or colour, Huffman-coded), 1 to 8. Else None."""
+        if self._frame is None or not self._frame.plain or self._frame.orientation is None:
+            return None
+        return self._frame.orientation if self._frame.orientation in _TURNS else 1
+
+    @property
     def reductions(self) -> list[int]:
         """By how much `decode` can reduce: 1, and some of 2, 4 and 8 if the size is told."""
         if self.size is None:

@@ -1,5 +1,6 @@
 """What precision, batching, resizing and scales do to the descriptors of a set, to its scores, and to the speed."""
 
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,10 +18,14 @@ from core.benchmark import machine, versions
 from core.builders import build_descriptor, load_tested_weights
 from core.counter import Counter
 from core.environment import atomic_write
+from datasets.image import ImageError
 from datasets.transforms import normalise, scaled_size
 from evaler.extract import image_lists
-from evaler.images import ImageList, read_cropped
-from evaler.multiscale import describe, describe_batch, reduce_to_fit
+from evaler.extraction_job import limits_of
+from evaler.gpu_jpeg import nvjpeg
+from evaler.images import ImageList
+from evaler.multiscale import describe, describe_batch
+from evaler.pictures import Broken, Pictures
 from model.inference import for_inference
 from revisitop import groundtruth, protocol
 
@@ -37,6 +42,7 @@ class Variant:
     scales: tuple[float, ...] = ()  # empty: INFER.SCALES
     resize: Callable[[np.ndarray, int, int], np.ndarray] | None = None  # uint8 image, width, height; None: bilinear
     stored: str = "float32"
+    gpu_jpeg: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ def variants(*, compiled: bool, gpu: bool) -> list[Variant]:
     ]
     if gpu:  # on a CPU it takes minutes an image
         found.insert(4, Variant("fp16", network="fp16"))
+        if importlib.util.find_spec("torchvision") is not None:
+            found.append(Variant("JPEGs decoded on the GPU", gpu_jpeg=True))
     if compiled:
         found.append(Variant("fp32, compiled", network="compiled"))
     return found
@@ -138,9 +146,12 @@ def _described(
         counter.add(len(group))
         return time.perf_counter() - start
 
+    pictures = Pictures(images, limits_of(cfg), on_gpu=nvjpeg() if variant.gpu_jpeg else None)
     for index in range(min(len(images), most or len(images))):
-        image = read_cropped(images, index, max_pixels=cfg.INFER.MAX_PIXELS)
-        image = reduce_to_fit(image, scales=cfg.INFER.SCALES, max_pixels=cfg.INFER.MAX_LEVEL_PIXELS)
+        picture = pictures.finished(pictures[index])
+        if isinstance(picture, Broken):
+            raise ImageError(f"{images.source(index)}: {picture.reason}")
+        image = picture.pixels.cpu().numpy()
         group = waiting.setdefault(image.shape, [])
         group.append((index, image))
         if len(group) == variant.batch_size:

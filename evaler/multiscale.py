@@ -38,7 +38,7 @@ def describe_batch(
     scales: Sequence[float],
     max_pixels: int = MAX_LEVEL_PIXELS,
 ) -> np.ndarray:
-    """uint8 [B, H, W, 3] BGR, in CPU memory -> descriptors float32 [B, D] of length 1.
+    """uint8 [B, H, W, 3] BGR -> descriptors float32 [B, D] of length 1; in CPU memory, or on the network's GPU.
 
     Images of one size, so that none is padded; larger ones than `max_pixels` allows are made smaller, see
     `reduce_to_fit`. On the CPU each level is, bit for bit, that of `describe`; on a GPU the images are copied once and
@@ -47,8 +47,8 @@ def describe_batch(
     images = torch.as_tensor(images)
     assert images.dtype == torch.uint8 and images.dim() == 4 and len(images), (images.dtype, images.shape)
     height, width = images.shape[1:3]
-    if _level(width, height, scales) > max_pixels:
-        reduced = [reduce_to_fit(image, scales=scales, max_pixels=max_pixels) for image in images.numpy()]
+    if not fits(width, height, scales=scales, max_pixels=max_pixels):
+        reduced = [reduce_to_fit(image, scales=scales, max_pixels=max_pixels) for image in images.cpu().numpy()]
         images = torch.from_numpy(np.stack(reduced))
     device = next(network.parameters()).device
     if _is_cpu(device):
@@ -94,6 +94,8 @@ def _is_cpu(device: torch.device) -> bool:
 
 def _copied(images: Tensor, device: torch.device) -> Tensor:
     """On the device. From page-locked memory, from where the processor need not copy it by hand."""
+    if images.device.type == device.type:
+        return images
     return images.pin_memory().to(device, non_blocking=True)
 
 
@@ -106,7 +108,7 @@ def reduce_to_fit(image: np.ndarray, *, scales: Sequence[float], max_pixels: int
     more the softer they are (three pictures, a ResNet-18 trained for minutes, against the whole size).
     """
     height, width = image.shape[:2]
-    if _level(width, height, scales) <= max_pixels:
+    if fits(width, height, scales=scales, max_pixels=max_pixels):
         return image
     factor = math.sqrt(max_pixels / (width * height)) / max(scales)
     long, short = max(width, height), min(width, height)
@@ -122,6 +124,6 @@ def _shorter(size: int, long: int, short: int) -> int:
     return max(1, round(short * size / long))
 
 
-def _level(width: int, height: int, scales: Sequence[float]) -> int:
-    """Pixels of the largest level."""
-    return math.prod(scaled_size(width, height, max(scales)))
+def fits(width: int, height: int, *, scales: Sequence[float], max_pixels: int = MAX_LEVEL_PIXELS) -> bool:
+    """Whether the largest level of an image has no more than `max_pixels`."""
+    return math.prod(scaled_size(width, height, max(scales))) <= max_pixels

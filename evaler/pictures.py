@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.image import ImageError
+from datasets.image import ImageError, ImageFile
 from datasets.loader import make_loader
 from datasets.transforms import scaled_size
-from evaler.images import ImageList, read_cropped
-from evaler.multiscale import reduce_to_fit
+from evaler.gpu_jpeg import GpuDecoder, upright_bgr
+from evaler.images import ImageList, crop, read_cropped
+from evaler.multiscale import fits, reduce_to_fit
 
 # Decoded pictures that wait for others of their size.
 MOST_WAITING_BYTES = 2**28
@@ -46,7 +47,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image of a list. `pixels`: uint8 [H, W, 3] BGR, within the limits; `size`: width and height before."""
+    """A decoded image of a list. `pixels`: uint8 [H, W, 3] BGR, within the limits; `size`: width and height before.
+
+    The pixels are in CPU memory, or on the GPU if they have been decoded there.
+    """
 
     index: int
     pixels: Tensor
@@ -61,26 +65,66 @@ class Broken:
     reason: str
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A JPEG whose header is in order, to be decoded on the GPU. `data`: uint8 [bytes]."""
+
+    index: int
+    data: Tensor
+    orientation: int  # EXIF's
+
+
 class Pictures(Dataset):
-    """Item i is the `Picture` of image i of the list, or `Broken`."""
+    """Item i is the `Picture` of image i of the list, or `Broken`; with `on_gpu` it may be `Encoded`.
 
-    def __init__(self, images: ImageList, limits: Limits) -> None:
-        self.images, self.limits = images, limits
+    Loader workers make the items; `finished` is called in the main process, where the GPU is.
+    """
 
-    def __getitem__(self, index: int) -> Picture | Broken:
+    def __init__(self, images: ImageList, limits: Limits, *, on_gpu: GpuDecoder | None = None) -> None:
+        self.images, self.limits, self.on_gpu = images, limits, on_gpu
+
+    def __getitem__(self, index: int) -> Picture | Broken | Encoded:
         try:
-            image = read_cropped(self.images, index, max_pixels=self.limits.max_pixels)
+            if self.on_gpu is not None:
+                data = self.images.read(index)
+                file = ImageFile(self.images.source(index), data, max_pixels=self.limits.max_pixels)
+                if file.orientation is not None:
+                    return Encoded(index, torch.frombuffer(bytearray(data), dtype=torch.uint8), file.orientation)
+            return self._picture(index, read_cropped(self.images, index, max_pixels=self.limits.max_pixels))
         except ImageError as error:
             return Broken(index, str(error).removeprefix(f"{self.images.source(index)}: "))
+
+    def finished(self, item: Picture | Broken | Encoded) -> Picture | Broken:
+        """The item itself, or, if it is `Encoded`, the `Picture` (on the GPU) or `Broken` of it."""
+        if not isinstance(item, Encoded):
+            return item
+        assert self.on_gpu is not None
+        try:
+            stored = self.on_gpu(item.data)
+        except RuntimeError:  # nvJPEG does not know every kind: libjpeg decodes this one, or says what is wrong
+            plain = Pictures(self.images, self.limits)[item.index]
+            assert not isinstance(plain, Encoded)
+            return plain
+        image = crop(upright_bgr(stored, item.orientation), self.images.box(item.index))
+        if 0 in image.shape:
+            return Broken(item.index, f"the query's box {self.images.box(item.index)} lies outside the picture")
+        return self._picture(item.index, image)
+
+    def _picture(self, index: int, image: np.ndarray | Tensor) -> Picture | Broken:
         height, width = image.shape[:2]
         try:
             self.limits.check(width, height)
         except ValueError as error:
             return Broken(index, str(error))
-        image = reduce_to_fit(image, scales=self.limits.scales, max_pixels=self.limits.max_level_pixels)
-        return Picture(index, torch.from_numpy(np.ascontiguousarray(image)), (width, height))
+        limits = {"scales": self.limits.scales, "max_pixels": self.limits.max_level_pixels}
+        if isinstance(image, Tensor):
+            if fits(width, height, **limits):
+                return Picture(index, image, (width, height))
+            image = image.cpu().numpy()
+        image = np.ascontiguousarray(reduce_to_fit(image, **limits))
+        return Picture(index, torch.from_numpy(image), (width, height))
 
-    def __getitems__(self, indices: list[int]) -> Picture | Broken:
+    def __getitems__(self, indices: list[int]) -> Picture | Broken | Encoded:
         """The loader's batches are of one."""
         (index,) = indices
         return self[index]
@@ -103,7 +147,7 @@ def decoded(pictures: Pictures, indices: Iterable[int], *, workers: int) -> Iter
     """
     loader = make_loader(pictures, _Singly(indices), workers=workers, pin_memory=False)
     try:
-        yield from loader
+        yield from map(pictures.finished, loader)
     finally:
         loader.close()
 
@@ -113,10 +157,10 @@ def by_size(pictures: Iterable[Picture], limits: Limits, *, batch_size: int) -> 
 
     Pictures that wait for company hold no more than `MOST_WAITING_BYTES`: those that wait longest go first.
     """
-    waiting: dict[tuple[int, ...], list[Picture]] = {}
+    waiting: dict[tuple, list[Picture]] = {}
     held = 0
     for picture in pictures:
-        shape = tuple(picture.pixels.shape)
+        shape = (*picture.pixels.shape, picture.pixels.device)
         group = waiting.setdefault(shape, [])
         group.append(picture)
         held += picture.pixels.nbytes

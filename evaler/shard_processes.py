@@ -34,6 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     if {"INFER.TOTAL_NUM", "INFER.CUT_NUM"} & set(overrides):
         raise ValueError("run_extractor.sh sets INFER.TOTAL_NUM and INFER.CUT_NUM itself; use SHARDS=N")
     cfg = load_cfg(path, overrides)
+    if cfg.INFER.IMAGES:  # a mistake in it is told once, and archives are indexed once, not by every shard
+        from evaler.images import named_images  # not for all: it takes seconds to import
+
+        named_images(cfg.INFER.IMAGES, cache_dir=Path(cfg.OUT_DIR) / "features")
     gpus = visible_gpus() if cfg.NUM_GPUS else []
     count = shard_count(len(gpus), cfg.INFER.THREADS)
     if not gpus:

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from core.config import load_cfg
-from core.output import log_file, output_folder, write_config
+from core.output import check_writable, log_file, output_folder, write_config
 
 
 def mistake():
@@ -128,3 +128,17 @@ def test_a_file_in_place_of_its_parent_is_refused(cfg, tmp_path):
 def test_the_log_file(cfg):
     assert str(log_file(cfg)) == os.path.join(cfg.OUT_DIR, "stdout.log")
     assert log_file(load_cfg(None)) is None
+
+
+def test_a_folder_that_can_be_made_is_not_made(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_told_of(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file"):
+        check_writable(tmp_path / "file" / "a" / "b")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(ValueError, match=f"no permission in {tmp_path}; name another OUT_DIR"):
+        check_writable(tmp_path / "a" / "b")

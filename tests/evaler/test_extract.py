@@ -12,7 +12,7 @@ from core.checkpoint import checkpoint_path, write_checkpoint
 from core.config import load_cfg
 from core.environment import sha256_file
 from datasets.image import decode
-from evaler import extract, features
+from evaler import extract, extraction_job, features
 from evaler.images import revisited_set
 from evaler.multiscale import describe, describe_batch
 from tests.small_run import SMALL_MODEL, cut_short, overrides, photograph, retrieval_set, write_image
@@ -164,7 +164,7 @@ def described(monkeypatch):
         calls.extend(image.shape for image in images)
         return describe_batch(network, images, **more)
 
-    monkeypatch.setattr(extract, "describe_batch", counted)
+    monkeypatch.setattr(extraction_job, "describe_batch", counted)
     return calls
 
 
@@ -499,6 +499,18 @@ def test_more_gpus_than_there_are_do_not_matter(place, capsys):
     assert "on the CPU" in out and len(place.load("database").names) == 5
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_described(place, described, capsys):
+    place.out.mkdir()
+    (place.out / "features").touch()
+    assert "is a file; name another OUT_DIR" in place.fails(capsys)
+    assert not described
+
+
+def test_jpegs_are_not_decoded_on_a_gpu_that_is_not_there(place, capsys):
+    assert "INFER.GPU_JPEG: there is no GPU" in place.fails(capsys, INFER__GPU_JPEG=True)
+    assert not place.out.exists()
+
+
 def test_nothing_to_extract(place, capsys):
     assert "name sets in INFER.DATASETS, or images in INFER.IMAGES" in place.fails(capsys, INFER__DATASETS="[]")
 
@@ -507,7 +519,7 @@ def test_a_defect_in_the_network_is_not_taken_for_a_mistake_of_the_user(place, m
     def broken(network, images, **more):
         return np.zeros(3) + np.zeros(4)
 
-    monkeypatch.setattr(extract, "describe_batch", broken)
+    monkeypatch.setattr(extraction_job, "describe_batch", broken)
     with pytest.raises(ValueError, match="could not be broadcast"):
         place.run()
 

@@ -1,11 +1,14 @@
 """Pictures on their way to the network: which are refused, which share a batch, in what order."""
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from core.environment import entry_point
 from datasets.image import decode
 from evaler import pictures
 from evaler.images import named_images
@@ -93,3 +96,26 @@ def test_a_picture_that_vanishes_at_a_scale(folder):
     limits = Limits((0.01,), min_side=1, max_aspect=50.0, max_pixels=10_000, max_level_pixels=10_000)
     (item,) = decoded(Pictures(images, limits), [3], workers=0)
     assert item == Broken(3, "an image of 99 x 20 pixels has nothing left at scale 0.01")
+
+
+class Killed(Pictures):
+    """Its third picture kills the process that decodes it, as the system does where memory ends."""
+
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_killed_decoder_ends_the_command_with_one_line(folder, capsys):
+    images, _ = named_images(folder)
+
+    @entry_point
+    def command():
+        list(decoded(Killed(images, LIMITS), range(6), workers=1))
+
+    with pytest.raises(SystemExit) as caught:
+        command()
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: DataLoader worker") and line.endswith("Run this again to go on")

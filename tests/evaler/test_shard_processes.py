@@ -223,3 +223,10 @@ def test_mistakes(tmp_path, monkeypatch, capsys, arguments, said):
         shard_processes.main(arguments)
     assert raised.value.code == 2 and said in capsys.readouterr().err
     assert not (tmp_path / "output").exists()
+
+
+def test_images_that_are_not_there_are_told_of_once_and_nothing_is_started(place):
+    done = place.run("INFER.IMAGES", "photos", SHARDS="3")
+    assert done.returncode == 2
+    assert done.stderr == "error: INFER.IMAGES photos: no such folder, list file or tar archive\n"
+    assert not place.out.exists() and not place.calls()
