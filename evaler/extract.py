@@ -21,6 +21,7 @@ from evaler.exports import export
 from evaler.extraction_job import Job
 from evaler.gpu_jpeg import nvjpeg
 from evaler.images import DISTRACTORS, ImageList, distractors, named_images, revisited_set
+from evaler.join import discard
 from model.inference import for_inference
 
 GPU_BATCH_SIZE = 8  # where the configuration leaves it open
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     for job in jobs:
         if job not in waiting:
             print(f"{job.title}: {len(job.images)} images are described already, in {job.parent}")
+            discard(job.folder)  # what a join left behind that was killed at its end
     for job in waiting:
         check_writable(job.parent)
     left = sum(job.images_left(cut, total) for job in waiting)

@@ -1,5 +1,6 @@
 """From chunks to one collection: complete, in the order of the list, or not at all."""
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -39,7 +40,16 @@ def join(parent: Path, plan: Plan) -> None:
             raise FeaturesError(f"{folder}: chunks of dimensions {dims}; delete the folder and extract again")
         count = sum(header["count"] for header in headers)
         write(parent, plan.collection, _parts(folder, plan), count=count, dim=dims.pop(), dtype=plan.dtype)
-        shutil.rmtree(folder)
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove the chunks of a collection that is joined, whatever is left of them."""
+    joined = folder.with_name(folder.name.replace(".chunks-", ".joined-"))
+    shutil.rmtree(joined, ignore_errors=True)  # of an earlier one that was killed here
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(joined)  # first, or a half of them would look like an extraction that is not finished
+        shutil.rmtree(joined)
 
 
 def _parts(folder: Path, plan: Plan) -> Iterator[Features]:

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from core.checkpoint import checkpoint_path, write_checkpoint
 from core.config import load_cfg
 from core.environment import sha256_file
 from datasets.image import decode
-from evaler import extract, extraction_job, features
+from evaler import extract, extraction_job, features, join
 from evaler.images import revisited_set
 from evaler.multiscale import describe, describe_batch
 from tests.small_run import SMALL_MODEL, cut_short, overrides, photograph, retrieval_set, write_image
@@ -530,3 +532,26 @@ def test_the_manifest_is_plain_json_with_the_hashes_of_its_files(place):
     manifest = json.loads((folder / "queries.json").read_text())
     for suffix, digest in manifest["sha256"].items():
         assert hashlib.sha256((folder / f"queries.{suffix}").read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("killed_at", ["its removal", "half of its removal"])
+def test_a_join_that_is_killed_at_its_end_leaves_no_trap(place, monkeypatch, killed_at):
+    """All is written, the chunks are there still, or half of them: neither a merge nor another run stumbles."""
+
+    def killed(folder, *_, **how):
+        if not how:  # else a removal of what an earlier join has left, and there is nothing
+            (folder / "plan.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if killed_at == "its removal":
+            patch.setattr(join, "discard", lambda folder: sys.exit(1))
+        else:
+            patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            place.run()
+    join.main(["--cfg", str(place.root / "some.yaml"), *place.arguments()])
+    expected = sha256_file(place.out / "features" / "toy" / "queries.npy")
+    place.run()
+    assert sha256_file(place.out / "features" / "toy" / "queries.npy") == expected
+    assert not [path for path in (place.out / "features" / "toy").iterdir() if path.is_dir()]
