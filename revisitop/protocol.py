@@ -7,10 +7,10 @@ smaller database index, so that a result does not depend on how a sort treats ti
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
-from revisitop.average_precision import mean_over_queries
+from revisitop.average_precision import average_precision, mean_over_queries
 from revisitop.groundtruth import LABELS, GroundTruth, Query
+from revisitop.streamed_ranks import Rows, Standing, standings
 
 # Setting -> (labels that count as positives, labels taken out of the ranking).
 SETTINGS = {
@@ -18,68 +18,82 @@ SETTINGS = {
     "M": (("easy", "hard"), ("junk",)),
     "H": (("hard",), ("junk", "easy")),
 }
-ROWS_A_CHUNK = 1 << 14
 
 
 def evaluate(
     queries: np.ndarray,
-    database: np.ndarray,
+    database: Rows | Sequence[Rows],
     ground_truth: GroundTruth | Sequence[Query | Mapping],
     kappas: Sequence[int] = (1, 5, 10),
 ) -> dict[str, dict]:
     """Score descriptors by their dot products.
 
     queries: [Q, D]. database: [N, D], the images of the ground truth in its order and any number of distractors after
-    them. ground_truth: of the Q queries, as read by `groundtruth.load` or as the list `gnd` of the official files.
+    them; or a list of such arrays, one after another. They are read once, in chunks: memory does not grow with N.
+    ground_truth: of the Q queries, as read by `groundtruth.load` or as the list `gnd` of the official files.
     Returns for "E", "M" and "H": `mAP` (a fraction, NaN if no query has positives), `mP@k` (a list, one for each k of
-    `kappas`) and `aps` (AP of each query [Q], NaN for those without positives).
+    `kappas`), `aps` (AP of each query [Q], NaN for those without positives), and `mAP_bracket` (the least and the
+    largest mAP that another order of equal scores gives; both are the mAP where no positive ties with a negative).
     Raises ValueError where shapes, indices or values do not fit.
     """
     entries = ground_truth.gnd if isinstance(ground_truth, GroundTruth) else ground_truth
     labels = [{label: _indices(entry, label) for label in LABELS} for entry in entries]
-    queries, database = np.asarray(queries), np.asarray(database)
-    if queries.ndim != 2 or database.ndim != 2 or queries.shape[1] != database.shape[1]:
-        raise ValueError(f"queries {queries.shape} and database {database.shape} are not [Q, D] and [N, D]")
+    queries, parts = np.asarray(queries), _parts(database)
+    fits = [len(part.shape) == 2 and part.shape[1:] == queries.shape[1:] for part in parts]
+    if queries.ndim != 2 or not fits or not all(fits):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ValueError(f"queries {queries.shape} and database {shapes} are not [Q, D] and [N, D]")
     if len(queries) != len(labels):
         raise ValueError(f"{len(queries)} query descriptors for a ground truth of {len(labels)} queries")
+    count = sum(part.shape[0] for part in parts)
     for index, query in enumerate(labels):
         for label, images in query.items():
-            if len(images) and not 0 <= images.min() <= images.max() < len(database):
-                raise ValueError(f"query {index}: {label} holds an index outside the {len(database)} database images")
+            if len(images) and not 0 <= images.min() <= images.max() < count:
+                raise ValueError(f"query {index}: {label} holds an index outside the {count} database images")
 
-    wanted = [np.concatenate(list(query.values())) for query in labels]
-    ranks = [
-        dict(zip(LABELS, np.split(found, np.cumsum([len(query[label]) for label in LABELS[:-1]])), strict=True))
-        for found, query in zip(rank_images(queries, database, wanted), labels, strict=True)
-    ]
+    found = standings(queries, parts, [np.concatenate(list(query.values())) for query in labels])
+    kinds = [np.repeat(LABELS, [len(query[label]) for label in LABELS]) for query in labels]
     result = {}
     for setting, (good, bad) in SETTINGS.items():
-        positives = [np.concatenate([query[label] for label in good]) for query in ranks]
-        junk = [np.concatenate([query[label] for label in bad]) for query in ranks]
-        mean, aps, precisions, _ = mean_over_queries(positives, junk, [len(found) for found in positives], kappas)
-        result[setting] = {"mAP": mean, "mP@k": precisions.tolist(), "aps": aps}
+        positives, junk = ([np.isin(kind, names) for kind in kinds] for names in (good, bad))
+        ranks, ignored = (
+            [standing.ranks[which] for standing, which in zip(found, part, strict=True)] for part in (positives, junk)
+        )
+        mean, aps, precisions, _ = mean_over_queries(ranks, ignored, [len(found_) for found_ in ranks], kappas)
+        bracket = _bracket(found, positives, junk)
+        result[setting] = {"mAP": mean, "mP@k": precisions.tolist(), "aps": aps, "mAP_bracket": bracket}
     return result
 
 
-def rank_images(queries: np.ndarray, database: np.ndarray, wanted: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Ranks, from 0, of the images `wanted[q]` (database indices [W]) in the ranking of query q; a list of [W].
+def rank_images(queries: np.ndarray, database: Rows | Sequence[Rows], wanted: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Ranks, from 0, of the images `wanted[q]` (database indices [W]) in the ranking of query q; a list of [W]."""
+    return [standing.ranks for standing in standings(queries, _parts(database), wanted)]
 
-    Everything the protocol needs of a ranking, and the only place where one is made. Scores are computed in float64
-    whatever the descriptors are: [Q, N] of them are held at once.
+
+def _bracket(found: Sequence[Standing], good: Sequence[np.ndarray], bad: Sequence[np.ndarray]) -> list[float]:
+    """The least and the largest mAP that an order of equal scores can give: negatives first, or positives first.
+
+    found: of all labelled images of each query; good, bad: which of them are positives and junk, boolean [W].
     """
-    queries = queries.astype(np.float64)
-    scores = np.empty((len(queries), len(database)))
-    for start in range(0, len(database), ROWS_A_CHUNK):
-        rows = np.asarray(database[start : start + ROWS_A_CHUNK], dtype=np.float64)
-        scores[:, start : start + len(rows)] = queries @ rows.T
-    if not np.isfinite(scores).all():
-        raise ValueError("descriptors are not finite, or their products are not")
-    result = []
-    rank = np.empty(len(database), dtype=np.int64)
-    for row, images in zip(tqdm(scores, desc="ranking", unit="query", leave=False, delay=1), wanted, strict=True):
-        rank[np.argsort(-row, kind="stable")] = np.arange(len(row))
-        result.append(rank[images])
-    return result
+    aps: list[tuple[float, float]] = []
+    for standing, positive, junk in zip(found, good, bad, strict=True):
+        if not positive.any():
+            continue
+        # An index given twice is one image, which its rank tells. The fewer above, the higher the score.
+        once, total = np.zeros(len(positive), bool), positive.sum()
+        once[np.unique(standing.ranks, return_index=True)[1]] = True
+        labelled, above = np.sort(standing.above[once & (positive | junk)]), np.sort(standing.above[once & positive])
+        equal = dict(zip(standing.above.tolist(), standing.equal.tolist(), strict=True))
+        higher = np.searchsorted(labelled, above, side="left")
+        negatives = above - higher
+        tied = [equal[place] for place in above.tolist()] - (np.searchsorted(labelled, above, side="right") - higher)
+        before = np.arange(len(above))
+        aps.append(tuple(average_precision(ranks + before, total) for ranks in (negatives + tied, negatives)))
+    return np.mean(aps, axis=0).tolist() if aps else [np.nan, np.nan]
+
+
+def _parts(database: Rows | Sequence[Rows]) -> list[Rows]:
+    return list(database) if isinstance(database, list | tuple) else [database]
 
 
 def _indices(entry: Query | Mapping, label: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Time ours against the published way.
 
-python scripts/benchmark.py head|loader|step|extract [--mode MODE] [--json FILE]
+python scripts/benchmark.py head|loader|step|extract|evaluate [--mode MODE] [--json FILE]
 python scripts/benchmark.py drift --cfg FILE [--images N] [--compile] [--json FILE] [KEY VALUE ...]
 """
 
@@ -22,9 +22,11 @@ from core.benchmark_training import head_cases, loader_cases, step_cases
 from core.config import load_cfg
 from core.environment import entry_point
 from evaler import drift
+from evaler.benchmark_evaluation import evaluate_cases, stream_cases
 from evaler.benchmark_extraction import extract_cases
 
-MODES = {"loader": ("exact", "fast"), "extract": ("fp32", "bf16", "fp16")}  # the first is the default
+# The first is the default.
+MODES = {"loader": ("exact", "fast"), "extract": ("fp32", "bf16", "fp16"), "evaluate": ("1m", "10m")}
 
 
 @entry_point
@@ -33,8 +35,9 @@ def main(argv: list[str] | None = None) -> None:
         description="Time ours against a plain implementation of the published way, side by side in one process.",
         epilog="Run it on an idle machine: the load is printed with the result. The ratio that counts is the smallest.",
     )
-    parser.add_argument("name", choices=["head", "loader", "step", "extract", "drift"], help="what to time")
-    parser.add_argument("--mode", help="loader: exact (the default) or fast; extract: fp32 (the default), bf16 or fp16")
+    parser.add_argument("name", choices=["head", "loader", "step", "extract", "evaluate", "drift"], help="what to time")
+    modes = "; ".join(f"{name}: {', '.join(choices)}" for name, choices in MODES.items())
+    parser.add_argument("--mode", help=f"{modes}; the first is the default")
     parser.add_argument("--size", type=int, help="side of the images in pixels (loader: 512, step: 224, extract: 1024)")
     parser.add_argument("--batch", type=int, help="images a batch (head: 8 and 64, step: 8)")
     parser.add_argument("--depth", type=int, default=50, choices=[50, 101, 152], help="of the ResNet")
@@ -43,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="of PyTorch, for both sides")
     parser.add_argument("--seconds", type=float, default=16.0, help="how long to time each case, about")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    parser.add_argument("--truth", type=Path, metavar="FILE", help="evaluate: labels of this ground truth (gnd_*.pkl)")
     parser.add_argument("--cfg", metavar="FILE", help="drift: YAML file of settings, of the weights and the set")
     parser.add_argument("--images", type=int, help="drift: of each collection only so many, without scores")
     parser.add_argument("settings", nargs="*", metavar="KEY VALUE", help="drift: settings that win over FILE")
@@ -68,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     elif args.name == "extract":
         side = args.size or 1024
         cases = extract_cases(mode, depth=args.depth, size=(side * 3 // 4, side), seconds=args.seconds)
+    elif args.name == "evaluate":
+        cases = evaluate_cases(truth=args.truth) if mode == "1m" else stream_cases()
     elif args.name == "loader":
         cases = loader_cases(mode, size=args.size or 512, seconds=args.seconds)
     else:

@@ -1,5 +1,7 @@
 """Easy, Medium and Hard: who counts as what, the order of ties, distractors, and mistakes."""
 
+import functools
+import itertools
 import math
 import pickle
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from revisitop import groundtruth
 from revisitop.average_precision import compute_map
 from revisitop.protocol import evaluate, rank_images
+from revisitop.streamed_ranks import standings
 
 EYE = np.eye(8)
 
@@ -92,10 +95,25 @@ def test_chunks_of_the_database_change_nothing(monkeypatch):
     queries, database = draw.integers(-3, 4, (4, 6)), draw.integers(-3, 4, (50, 6))
     labels = [gnd(easy=[i], hard=[20 + i, 49], junk=[30]) for i in range(4)]
     whole = evaluate(queries, database, labels)
-    monkeypatch.setattr("revisitop.protocol.ROWS_A_CHUNK", 7)
-    parts = evaluate(queries, database, labels)
-    for setting in "EMH":
-        np.testing.assert_array_equal(whole[setting]["aps"], parts[setting]["aps"])
+    small = functools.partial(standings, rows_a_chunk=7)
+    monkeypatch.setattr("revisitop.protocol.standings", small)
+    for database_ in (database, [database[:20], database[20:]], [database[:3], database[3:50]]):
+        parts = evaluate(queries, database_, labels)
+        for setting in "EMH":
+            np.testing.assert_array_equal(whole[setting]["aps"], parts[setting]["aps"])
+            assert whole[setting]["mAP_bracket"] == parts[setting]["mAP_bracket"]
+
+
+def test_the_bracket_by_hand():
+    """Scores 2 1 1 1 0: positive 1, negatives 0 2, junk 3 (all three at 1 tie), positive 4."""
+    queries, database = np.ones((1, 1)), np.array([[2.0], [1], [1], [1], [0]])
+    result = evaluate(queries, database, [gnd(easy=[1, 4], junk=[3])])
+    best = ((0 + 1 / 2) / 2 + (1 / 3 + 2 / 4) / 2) / 2
+    worst = ((0 + 1 / 3) / 2 + (1 / 3 + 2 / 4) / 2) / 2
+    assert result["E"]["mAP_bracket"] == pytest.approx([worst, best])
+    assert result["E"]["mAP"] == pytest.approx(best)  # the smaller index first
+    assert result["M"]["mAP_bracket"] == result["E"]["mAP_bracket"]
+    assert np.isnan(result["H"]["mAP_bracket"]).all()
 
 
 def test_a_loaded_ground_truth_gives_the_same_as_its_list(tmp_path):
@@ -163,3 +181,28 @@ def test_equals_the_naive_protocol_with_ties(case):
         scores = [sum(int(a) * int(b) for a, b in zip(queries[q], image, strict=True)) for image in database]
         for setting, good, bad in (("E", easy, junk | hard), ("M", easy | hard, junk), ("H", hard, junk | easy)):
             assert result[setting]["aps"][q] == pytest.approx(naive_ap(scores, good, bad), abs=1e-12, nan_ok=True)
+            for kind in (np.float16, np.float32):  # small whole numbers are exact in all of them
+                other = evaluate(queries.astype(kind), [database[:3].astype(kind), database[3:].astype(kind)], labels)
+                np.testing.assert_array_equal(other[setting]["aps"], result[setting]["aps"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases())
+def test_the_bracket_is_that_of_all_orders(case):
+    queries, database, roles = case
+    labels = [gnd(*([i for i, role in enumerate(row) if role == key] for key in "ehj")) for row in roles[:1]]
+    queries = queries[:1]
+    result = evaluate(queries, database, labels)
+    easy, junk = set(labels[0]["easy"]), set(labels[0]["junk"]) | set(labels[0]["hard"])
+    scores = (database @ queries[0]).tolist()
+    if not easy:
+        assert np.isnan(result["E"]["mAP_bracket"]).all()
+        return
+    found = []
+    for key in itertools.product(range(2), repeat=min(len(scores), 7)):  # of each image: before its equals, or behind
+        order = sorted(range(len(scores)), key=lambda i: (-scores[i], key[i] if i < 7 else 0, i))
+        found.append(naive_ap([-order.index(i) for i in range(len(scores))], easy, junk))
+    low, high = result["E"]["mAP_bracket"]
+    assert low - 1e-12 <= min(found) and max(found) <= high + 1e-12
+    if len(scores) <= 7:
+        assert (low, high) == pytest.approx((min(found), max(found)))
