@@ -7,18 +7,24 @@ float32 is enough, whose error has a bound (Higham, Accuracy and Stability of Nu
 3.1: |error| <= D u / (1 - D u) |q| |x|, whatever the order of the sum).
 """
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 ROWS_A_CHUNK = 1 << 14
 
 
 class Rows(Protocol):
-    """Descriptors [N, D] that are read in slices: an array, a memory-mapped one, or what makes them as it goes."""
+    """Descriptors [N, D] that are read in slices: an array, a memory-mapped one, or what makes them as it goes.
+
+    Several threads read at once.
+    """
 
     shape: tuple[int, ...]
 
@@ -48,28 +54,42 @@ def standings(
 ) -> list[Standing]:
     """Where the images `wanted[q]` (indices [W]) stand for query q of [Q, D]; a list of Q.
 
-    The database is the `parts` one after another. Memory: a chunk, its scores, and a few numbers for each wanted image.
-    Raises ValueError where a descriptor or a score is not finite.
+    The database is the `parts` one after another; a thread for each core reads them. Memory: for each thread a chunk,
+    its scores, and a few numbers for each wanted image. Raises ValueError where a descriptor or a score is not finite.
     """
     queries = np.asarray(queries)
     if not np.isfinite(queries).all():
         raise ValueError(f"the descriptor of query {_first_bad(queries)} is not finite")
-    # Float32 holds float16 and float32 exactly; what else there is is compared in float64.
     exact = [query.astype(np.float64) for query in queries]
-    found = [
-        _Query(query, _scores(_gathered(parts, images), query), images)
-        for query, images in zip(exact, wanted, strict=True)
-    ]
-    length = sum(part.shape[0] for part in parts)
-    with tqdm(total=length, desc="ranking", unit="image", unit_scale=True, leave=False, delay=1) as bar:
-        for start, rows in _chunks(parts, rows_a_chunk):
-            kind = np.float32 if max(_bytes(rows), _bytes(queries)) <= 4 else np.float64
-            rows = np.ascontiguousarray(rows, dtype=kind)
-            scores, margins = _product(queries.astype(kind), rows, start)
-            for query, row, margin in zip(found, scores, margins, strict=True):
-                query.count(start, rows, row, margin)
-            bar.update(len(rows))
-    return [query.standing() for query in found]
+    scores = [_scores(_gathered(parts, images), query) for query, images in zip(exact, wanted, strict=True)]
+    pieces = list(_pieces(parts, rows_a_chunk))
+    threads = min(_cores(), len(pieces)) or 1
+    total = sum(part.shape[0] for part in parts)
+    with (
+        threadpool_limits(1, user_api="blas"),  # its own threads would wait for one another between the products
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=total, desc="ranking", unit="image", unit_scale=True, leave=False, delay=1) as bar,
+    ):
+
+        def count(first: int) -> list[_Query]:
+            found = [_Query(*query) for query in zip(exact, scores, wanted, strict=True)]
+            for start, part, rows in pieces[first::threads]:
+                _count(queries, np.asarray(part[rows]), start, found)
+                bar.update(rows.stop - rows.start)
+            return found
+
+        shares = list(pool.map(count, range(threads)))
+    return [_Query.standing(of_one) for of_one in zip(*shares, strict=True)]
+
+
+def _count(queries: np.ndarray, rows: np.ndarray, start: int, found: list["_Query"]) -> None:
+    """Take in images `start` and following."""
+    # Float32 holds float16 and float32 exactly; what else there is is compared in float64.
+    kind = np.float32 if max(_bytes(rows), _bytes(queries)) <= 4 else np.float64
+    rows = np.ascontiguousarray(rows, dtype=kind)
+    scores, margins = _product(queries.astype(kind), rows, start)
+    for query, row, margin in zip(found, scores, margins, strict=True):
+        query.count(start, rows, row, margin)
 
 
 class _Query:
@@ -81,33 +101,58 @@ class _Query:
         # above[k]: images that are higher than exactly k of the wanted ones
         self._above = np.zeros(len(scores) + 1, dtype=np.int64)
         self._before, self._equal = np.zeros((2, len(scores)), dtype=np.int64)
+        self._margin = -1.0
 
     def count(self, start: int, rows: np.ndarray, scores: np.ndarray, margin: float) -> None:
         """Take in images `start` and following: rows [C, D], scores [C] that are `margin` off at most."""
         if not len(self._thresholds):
             return
-        near = np.flatnonzero(scores >= self._thresholds[0] - margin)
-        values = scores[near].astype(np.float64)
-        least = np.searchsorted(self._thresholds + margin, values, side="left")
-        most = np.searchsorted(self._thresholds - margin, values, side="right")
-        sure = least == most
-        self._add(least[sure])
-        for index in _pieces(near[~sure]):
-            values = _scores(rows[index], self._vector)
-            below, upto = (np.searchsorted(self._thresholds, values, side=side) for side in ("left", "right"))
-            self._add(below)
-            for row, first, end in zip(index[below < upto], below[below < upto], upto[below < upto], strict=True):
-                self._equal[first:end] += 1
-                self._before[first:end] += start + row < self._images[first:end]
+        if margin > self._margin or scores.dtype != self._edges.dtype:
+            self._widen(margin, scores.dtype)
+        candidates = np.flatnonzero(scores >= self._edges[0])
+        place = np.searchsorted(self._edges, scores[candidates], side="right")
+        self._above += np.bincount(self._higher_than[place], weights=1 - place % 2, minlength=len(self._above)).astype(
+            np.int64
+        )
+        unsure = candidates[place % 2 == 1]
+        for first in range(0, len(unsure), 1024):  # few at a time, for they are copied to float64
+            self._count_exactly(start, rows, unsure[first : first + 1024])
 
-    def _add(self, higher_than: np.ndarray) -> None:
-        self._above += np.bincount(higher_than, minlength=len(self._above))
+    def _widen(self, margin: float, kind: np.dtype) -> None:
+        """Around the thresholds lie intervals, in which a score has to be computed anew; those that meet are one.
 
-    def standing(self) -> Standing:
-        above = np.cumsum(self._above[::-1])[::-1][1:]  # above the k-th: higher than k + 1 of them or more
-        back = np.empty_like(self._order)
-        back[self._order] = np.arange(len(back))
-        return Standing(above[back], self._before[back], self._equal[back])
+        edges: where intervals begin and end, in turn. higher_than: of how many thresholds a score between them is.
+        """
+        self._margin = 1.01 * margin
+        low, high = self._thresholds - self._margin, self._thresholds + self._margin
+        last = np.append(np.flatnonzero(low[1:] > high[:-1]), len(low) - 1)  # of the thresholds in each interval
+        first = np.append(0, last[:-1] + 1)
+        edges = np.stack([low[first].astype(kind), high[last].astype(kind)], axis=1)
+        edges[:, 0] = np.nextafter(edges[:, 0], kind.type(-np.inf))  # rounding must not make them narrower
+        edges[:, 1] = np.nextafter(edges[:, 1], kind.type(np.inf))
+        self._edges = np.maximum.accumulate(edges.ravel())
+        self._higher_than = np.append(0, np.repeat(last + 1, 2))
+
+    def _count_exactly(self, start: int, rows: np.ndarray, index: np.ndarray) -> None:
+        scores = _scores(rows[index], self._vector)
+        below, upto = (np.searchsorted(self._thresholds, scores, side=side) for side in ("left", "right"))
+        self._above += np.bincount(below, minlength=len(self._above))
+        tied = below < upto
+        for row, first, end in zip(index[tied], below[tied], upto[tied], strict=True):
+            self._equal[first:end] += 1
+            self._before[first:end] += start + row < self._images[first:end]
+
+    @staticmethod
+    def standing(shares: Sequence["_Query"]) -> Standing:
+        """Of one query, from what each thread has counted."""
+        above, before, equal = (
+            sum(getattr(share, name) for share in shares) for name in ("_above", "_before", "_equal")
+        )
+        above = np.cumsum(above[::-1])[::-1][1:]  # above the k-th: higher than k + 1 of them or more
+        order = shares[0]._order
+        back = np.empty_like(order)
+        back[order] = np.arange(len(back))
+        return Standing(above[back], before[back], equal[back])
 
 
 def _scores(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -115,15 +160,10 @@ def _scores(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
     return np.add.reduce(np.ascontiguousarray(rows, dtype=np.float64) * query, axis=1)
 
 
-def _pieces(index: np.ndarray) -> Iterator[np.ndarray]:
-    """Few rows at a time, for they are copied to float64."""
-    for start in range(0, len(index), 1024):
-        yield index[start : start + 1024]
-
-
 def _product(queries: np.ndarray, rows: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
     """Scores [Q, C] by a matrix product, and by how much those of each query may be off [Q]."""
-    dim, unit = rows.shape[1], float(np.finfo(rows.dtype).eps)  # 2 u: twice the bound, for what is left out in it
+    dim, unit = rows.shape[1], float(np.finfo(rows.dtype).eps) / 2
+    bound = dim * unit / max(1e-3, 1 - dim * unit)
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("nd,nd->n", rows, rows)
         scores = queries @ rows.T
@@ -134,17 +174,22 @@ def _product(queries: np.ndarray, rows: np.ndarray, start: int) -> tuple[np.ndar
         return _product(queries.astype(np.float64), rows.astype(np.float64), start)
     if not finite:
         raise ValueError("products of descriptors are not finite: they are too long")
-    longest = np.sqrt(float(squares.max())) * (1 + dim * unit)
+    longest = np.sqrt(float(squares.max())) * (1 + 2 * bound)
     lengths = np.sqrt(np.square(queries.astype(np.float64)).sum(axis=1))
-    return scores, dim * unit * lengths * longest + dim * float(np.finfo(rows.dtype).tiny)  # where products vanish
+    return scores, bound * lengths * longest + dim * float(np.finfo(rows.dtype).tiny)  # where products vanish
 
 
-def _chunks(parts: Sequence[Rows], size: int) -> Iterator[tuple[int, np.ndarray]]:
+def _pieces(parts: Sequence[Rows], size: int) -> Iterator[tuple[int, Rows, slice]]:
+    """Chunks of the database: the index of the first image, and where the rows are."""
     first = 0
     for part in parts:
         for start in range(0, part.shape[0], size):
-            yield first + start, np.asarray(part[start : start + size])
+            yield first + start, part, slice(start, min(start + size, part.shape[0]))
         first += part.shape[0]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gathered(parts: Sequence[Rows], images: np.ndarray) -> np.ndarray:
