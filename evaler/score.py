@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from yacs.config import CfgNode
 
 from core.config import load_cfg_from_args
 from core.environment import atomic_write, entry_point, sha256_file
+from evaler.card import line, make_card, network_name, published, with_distractors
 from evaler.features import LIST_KEYS, Features, FeaturesError, align, chunks, differing_keys, load
 from evaler.images import DISTRACTORS
 from revisitop import groundtruth, protocol
@@ -18,32 +20,32 @@ from revisitop.groundtruth import GroundTruth
 
 KAPPAS = (1, 5, 10)
 SETTING_NAMES = {"E": "Easy", "M": "Medium", "H": "Hard"}
+# What may differ between a set and the distractors behind it: their list, queries, and where they were described.
+MACHINE_KEYS = ("weights", "device", "threads", "torch", "code_version", "compiled", "batch_size", "chunk_size")
+DISTRACTORS_MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
+SHOWN_BRACKET = 0.005  # points of mAP
 # float32 normalisation is exact to 1e-7, half precision to 1e-3.
 NORM_TOLERANCE = 2e-3
 
 
 def score_features(
-    folder: str | os.PathLike, ground_truth: GroundTruth, *, kappas: Sequence[int] = KAPPAS
+    folder: str | os.PathLike,
+    ground_truth: GroundTruth,
+    *,
+    kappas: Sequence[int] = KAPPAS,
+    distractors: Features | None = None,
 ) -> dict[str, dict]:
-    """Score the collections `queries` and `database` in `folder`.
+    """Score the collections `queries` and `database` in `folder`, the latter with `distractors` behind it.
 
-    Returns for "E", "M" and "H": `mAP`, `mP@k` (a list) and `aps` (a list, a query each) in percent, None where no
-    query, or this one, has positives; and `provenance`, what the two collections have in common.
+    Returns for "E", "M" and "H": `mAP`, `mAP_bracket` (a list: the least and the largest that another order of equal
+    scores gives), `mP@k` (a list) and `aps` (a list, a query each) in percent, None where no query, or this one, has
+    positives; and `provenance`, what the two collections have in common.
     Raises `FeaturesError` if a collection is incomplete, was extracted in another way than the other, has not exactly
     the images of the ground truth, or holds vectors that are not finite and of length 1.
     """
     folder = Path(folder)
     queries, database = load(folder, "queries"), load(folder, "database")
-    differing = differing_keys(queries.provenance, database.provenance, but=LIST_KEYS)
-    if differing:
-        raise FeaturesError(
-            f"{folder}: queries and database differ in {', '.join(differing)}; extract both in the same way"
-        )
-    if queries.vectors.shape[1] != database.vectors.shape[1]:
-        raise FeaturesError(
-            f"{folder}: queries have dimension {queries.vectors.shape[1]}, "
-            f"the database {database.vectors.shape[1]}; extract both in the same way"
-        )
+    _check_alike(f"{folder}: queries", queries, "database", database, but=LIST_KEYS)
     aligned = []
     for collection, features, names in (
         ("queries", queries, ground_truth.qimlist),
@@ -52,10 +54,14 @@ def score_features(
         source = f"{folder}: {collection}"
         _check_length(features, source)
         aligned.append(np.asarray(align(features, names, source=source), np.float32))
-    fractions = protocol.evaluate(*aligned, ground_truth, kappas)
+    if distractors is not None:
+        _check_alike(f"{folder}: database", database, DISTRACTORS, distractors, but=DISTRACTORS_MAY_DIFFER)
+    parts = [aligned[1]] if distractors is None else [aligned[1], distractors.vectors]
+    fractions = protocol.evaluate(aligned[0], parts, ground_truth, kappas)
     result: dict[str, dict] = {
         setting: {
             "mAP": _percent(values["mAP"]),
+            "mAP_bracket": [_percent(value) for value in values["mAP_bracket"]],
             "mP@k": [_percent(value) for value in values["mP@k"]],
             "aps": [_percent(value) for value in values["aps"]],
         }
@@ -65,40 +71,81 @@ def score_features(
     return result
 
 
+def _check_alike(name: str, one: Features, other_name: str, other: Features, *, but: Sequence[str]) -> None:
+    differing = differing_keys(one.provenance, other.provenance, but=but)
+    if differing:
+        raise FeaturesError(f"{name} and {other_name} differ in {', '.join(differing)}; extract both in the same way")
+    dims = one.vectors.shape[1], other.vectors.shape[1]
+    if dims[0] != dims[1]:
+        raise FeaturesError(f"{name} have dimension {dims[0]}, {other_name} {dims[1]}; extract both in the same way")
+
+
 def table(score: dict) -> str:
     """The score of a set, as `score_set` returns it, as text for a terminal."""
     provenance = score["provenance"]
     counts = f"{score['queries']} queries{_cropped(provenance)}, {score['database']} database images"
-    origin = f"weights {_weights(provenance)}"
+    name = f"{score['dataset']}{with_distractors(score.get('distractors', 0))}"
+    origin = f"weights {network_name(provenance.get('weights'), provenance.get('weights_sha256'))}"
     if "scales" in provenance:
         origin += f", scales {' '.join(f'{scale:g}' for scale in provenance['scales'])}"
     heads = ["mAP", *(f"mP@{kappa}" for kappa in score["kappas"])]
-    lines = [f"{score['dataset']}: {counts}", origin, "", " " * 10 + "".join(f"{head:>9}" for head in heads)]
+    lines = [f"{name}: {counts}", origin, "", " " * 10 + "".join(f"{head:>9}" for head in heads)]
     for setting, name in SETTING_NAMES.items():
         values = [score[setting]["mAP"], *score[setting]["mP@k"]]
         cells = "".join(f"{'-' if value is None else f'{value:.2f}':>9}" for value in values)
         counted = sum(ap is not None for ap in score[setting]["aps"])
         note = "" if counted == score["queries"] else f"   ({counted} of {score['queries']} queries have positives)"
         lines.append(f"  {name:<8}{cells}{note}")
+        low, high = score[setting].get("mAP_bracket") or (None, None)
+        if low is not None and high - low > SHOWN_BRACKET:
+            lines.append(
+                f"          equal scores: {low:.2f} to {high:.2f}, by their order (here the smaller index first)"
+            )
+    if card := score.get("card"):
+        found = published(card)
+        if found:
+            how = "cropped" if card["queries_cropped"] else "not cropped"
+            lines.append(
+                f"  DOLG R{card['depth']} as published (queries {how}): Medium {found[0]:.2f}, Hard {found[1]:.2f}"
+            )
+        lines += ["", f"  {line(card)}"]
     return "\n".join(lines)
 
 
-def score_set(name: str, data_dir: str | os.PathLike, out_dir: str | os.PathLike) -> dict:
-    """Score one extracted set and write `<out_dir>/scores/<name>.json`; returns what is written there."""
+def score_set(
+    name: str, data_dir: str | os.PathLike, out_dir: str | os.PathLike, *, distractors: Features | None = None
+) -> tuple[dict, Path]:
+    """Score one extracted set and write `<out_dir>/scores/<name>.json`; returns what is written, and where.
+
+    With distractors the file is `<name>_with_distractors.json`.
+    """
     gnd_path = Path(data_dir) / name / f"gnd_{name}.pkl"
     ground_truth = groundtruth.load(gnd_path)
+    folder = Path(out_dir) / "features" / name
+    digest = sha256_file(gnd_path)
+    scores = score_features(folder, ground_truth, distractors=distractors)
     score = {
         "unit": "percent",
         "dataset": name,
         "kappas": list(KAPPAS),
         "queries": len(ground_truth.qimlist),
         "database": len(ground_truth.imlist),
-        **score_features(Path(out_dir) / "features" / name, ground_truth),
-        "ground_truth_sha256": sha256_file(gnd_path),
+        "distractors": len(distractors.names) if distractors else 0,
+        **scores,
+        "query_names": list(ground_truth.qimlist),
+        "ground_truth_sha256": digest,
+        "card": make_card(
+            name,
+            load(folder, "database"),
+            distractors,
+            queries=len(ground_truth.qimlist),
+            ground_truth_sha256=digest,
+        ),
     }
-    with atomic_write(Path(out_dir) / "scores" / f"{name}.json") as file:
+    path = Path(out_dir) / "scores" / f"{name}{'_with_distractors' if distractors else ''}.json"
+    with atomic_write(path) as file:
         file.write(json.dumps(score, indent=1, allow_nan=False).encode() + b"\n")
-    return score
+    return score, path
 
 
 @entry_point
@@ -108,24 +155,41 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"INFER.IMAGES {cfg.INFER.IMAGES}: a folder has no ground truth, so there is nothing to score")
     if not cfg.INFER.DATASETS:
         raise ValueError("INFER.DATASETS is empty: there is nothing to score")
-    if DISTRACTORS in cfg.INFER.DATASETS:
-        print(f"note: {DISTRACTORS} has no queries and is not scored by itself", file=sys.stderr)
-    for name in cfg.INFER.DATASETS:
-        if name == DISTRACTORS:
-            continue
-        score = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR)
-        configured = {"scales": cfg.INFER.SCALES, "crop_query": cfg.INFER.CROP_QUERY}
-        for key, value in configured.items():
-            extracted = score["provenance"].get(key, value)
-            if extracted != value:
-                key = f"INFER.{key.upper()}"
-                print(f"note: {name} was extracted with {key} {extracted}, not {value} as configured", file=sys.stderr)
-        print(f"\n{table(score)}\n\n  written to {Path(cfg.OUT_DIR) / 'scores' / name}.json")
+    sets = [name for name in cfg.INFER.DATASETS if name != DISTRACTORS]
+    if not sets:
+        raise ValueError(f"INFER.DATASETS names {DISTRACTORS} alone, which has no queries; name a set to score with it")
+    distractors = load_distractors(cfg) if DISTRACTORS in cfg.INFER.DATASETS else None
+    for name in sets:
+        for behind in (None, distractors) if distractors else (None,):
+            score, path = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR, distractors=behind)
+            if behind is None:
+                _tell_of_other_settings(cfg, score)
+            print(f"\n{table(score)}\n\n  written to {path}")
+
+
+def load_distractors(cfg: CfgNode) -> Features:
+    """The descriptors of the distractors, checked. Raises `FeaturesError`."""
+    folder = Path(cfg.OUT_DIR) / "features" / DISTRACTORS
+    distractors = load(folder, "distractors")
+    _check_length(distractors, f"{folder}: distractors")
+    if distractors.rejected:
+        count = len(distractors.rejected)
+        print(f"note: {count} distractors were rejected when they were extracted and are not scored", file=sys.stderr)
+    return distractors
+
+
+def _tell_of_other_settings(cfg: CfgNode, score: dict) -> None:
+    for key, value in {"scales": cfg.INFER.SCALES, "crop_query": cfg.INFER.CROP_QUERY}.items():
+        extracted = score["provenance"].get(key, value)
+        if extracted != value:
+            told = f"was extracted with INFER.{key.upper()} {extracted}, not {value} as configured"
+            print(f"note: {score['dataset']} {told}", file=sys.stderr)
 
 
 def _check_length(features: Features, source: str) -> None:
     for start, rows in chunks(features.vectors):
-        norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+        rows = np.asarray(rows, dtype=np.float32)
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
         bad = np.flatnonzero(np.abs(norms - 1) > NORM_TOLERANCE)
         if len(bad):
             name, norm = features.names[start + bad[0]], norms[bad[0]]
@@ -135,12 +199,6 @@ def _check_length(features: Features, source: str) -> None:
 
 def _percent(fraction: float) -> float | None:
     return None if math.isnan(fraction) else 100 * float(fraction)
-
-
-def _weights(provenance: dict) -> str:
-    """File name and the beginning of the sha256."""
-    name = Path(provenance.get("weights") or "unknown").name
-    return f"{name} (sha256 {provenance['weights_sha256'][:8]})" if provenance.get("weights_sha256") else name
 
 
 def _cropped(provenance: dict) -> str:

@@ -86,7 +86,7 @@ def test_the_command_prints_a_table_and_writes_json(place):
     assert str(path) in result.stdout
     score = json.loads(path.read_text())
     assert score["unit"] == "percent" and score["dataset"] == "tiny" and score["kappas"] == [1, 5, 10]
-    assert score["E"] == {"mAP": 100.0, "mP@k": [100.0] * 3, "aps": [100.0, None]}
+    assert score["E"] == {"mAP": 100.0, "mAP_bracket": [100.0, 100.0], "mP@k": [100.0] * 3, "aps": [100.0, None]}
     assert score["M"]["mAP"] == pytest.approx(MEDIUM, abs=1e-12)
     assert score["H"]["mAP"] == pytest.approx(62.5, abs=1e-12) and score["H"]["aps"] == pytest.approx([25.0, 100.0])
     assert score["provenance"] == PROVENANCE
@@ -102,16 +102,62 @@ def test_the_order_on_disk_does_not_matter(place):
     assert evaluate(place, cwd="/").stdout == expected
 
 
-def test_distractors_are_left_out_with_a_note(place):
-    expected = evaluate(place).stdout
+DISTRACTING = [[0.8, 0, 0.6], [0, 0, 1.0], [0.6, 0.8, 0]]  # first, nowhere, and first for q1 and second for q0
+
+
+def test_distractors_are_scored_behind_the_database(place):
+    alone = evaluate(place).stdout
+    folder = place / "out" / "features" / "revisitop1m"
+    other = {"crop_query": False, "torch": "2.11", "list_sha256": "distractors"}
+    save(folder, "distractors", collection(["a", "b", "c"], DISTRACTING, **other))
     result = evaluate(place, "INFER.DATASETS", "tiny,revisitop1m")
-    assert result.stdout == expected and "note: revisitop1m has no queries" in result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(alone)
+    assert "tiny + 3 distractors (not revisitop1m: that is 1,001,001): 2 queries" in result.stdout
+    assert "+1M" not in result.stdout
+    score = json.loads((place / "out" / "scores" / "tiny_with_distractors.json").read_text())
+    assert score["distractors"] == score["card"]["distractors"] == 3
+    # q0's database scores are 0.63 0.518 0.406 0.294 0.182 0.07: a stands first, c behind i0, which is junk.
+    assert score["E"]["aps"][0] == pytest.approx(100 * (0 + 1 / 3) / 2)
+    assert score["H"]["aps"][1] == pytest.approx(100 * (0 + 1 / 2) / 2)
+    assert json.loads((place / "out" / "scores" / "tiny.json").read_text())["card"]["distractors"] == 0
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (collection(["a"], [[1, 0, 0]], scales=[1.0]), "database and revisitop1m differ in scales; extract both"),
+        (collection(["a"], [[1, 0, 0]], weights_sha256="1"), "differ in weights_sha256"),
+        (collection(["a"], [[1, 0]]), "have dimension 3, revisitop1m 2"),
+        (collection(["a"], [[0, 0, 0]]), "the descriptor of a is zero (one of 1)"),
+    ],
+)
+def test_distractors_that_do_not_fit_are_refused(place, capsys, features, message):
+    save(place / "out" / "features" / "revisitop1m", "distractors", features)
+    with pytest.raises(SystemExit):
+        main(["--cfg", str(place / "cfg.yaml"), "INFER.DATASETS", "tiny,revisitop1m"])
+    mistake(capsys.readouterr().err, message)
+
+
+def test_distractors_that_are_absent_or_alone(place, capsys):
+    for names, message in (("tiny,revisitop1m", "no descriptors of 'distractors' here"), ("revisitop1m", "no queries")):
+        with pytest.raises(SystemExit):
+            main(["--cfg", str(place / "cfg.yaml"), "INFER.DATASETS", names])
+        mistake(capsys.readouterr().err, message)
+
+
+def test_equal_scores_are_bracketed(place):
+    vectors = database().vectors.copy()
+    vectors[1] = vectors[2]  # the easy image of q0 and a negative
+    save(place / "out" / "features" / "tiny", "database", collection(IMAGES, vectors, list_sha256="database"))
+    text = evaluate(place).stdout
+    assert "Easy       100.00" in text and "equal scores: 25.00 to 100.00, by their order" in text
 
 
 def test_half_precision_on_disk(place):
     expected = evaluate(place).stdout
     save(place / "out" / "features" / "tiny", "database", database(), dtype="float16")
-    assert evaluate(place).stdout == expected
+    assert evaluate(place).stdout == expected.replace("3-d float32", "3-d float16")
 
 
 def test_several_sets_are_scored_and_a_setting_without_positives_is_a_dash(place):
@@ -126,7 +172,7 @@ def test_several_sets_are_scored_and_a_setting_without_positives_is_a_dash(place
     assert f"Medium{MEDIUM:11.2f}" in result.stdout
     assert "Hard            -        -        -        -   (0 of 2 queries have positives)" in result.stdout
     score = json.loads((place / "out" / "scores" / "junk.json").read_text())
-    assert score["M"] == {"mAP": None, "mP@k": [None] * 3, "aps": [None, None]}
+    assert score["M"] == {"mAP": None, "mAP_bracket": [None, None], "mP@k": [None] * 3, "aps": [None, None]}
 
 
 def test_a_configuration_that_says_otherwise_is_noted(place):
@@ -183,7 +229,7 @@ def without(features, name):
     [
         ("queries", queries(weights_sha256="0"), "queries and database differ in weights_sha256; extract both"),
         ("database", database(scales=[1.0], crop_query=False), "differ in crop_query, scales; extract both"),
-        ("queries", collection(QUERIES, [[1, 0], [0, 1]]), "queries have dimension 2, the database 3"),
+        ("queries", collection(QUERIES, [[1, 0], [0, 1]]), "queries have dimension 2, database 3"),
         ("database", replace_row(database(), 4, 0), "database: the descriptor of i4 is zero (one of 1)"),
         ("queries", replace_row(queries(), 1, [0, 2, 0]), "queries: the descriptor of q1 has length 2, not 1"),
         ("database", without(database(), "i2"), "database: no descriptor of i2, of 6 asked for"),
