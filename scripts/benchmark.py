@@ -1,6 +1,6 @@
 """Time ours against the published way.
 
-python scripts/benchmark.py head|loader|step|extract|evaluate [--mode MODE] [--json FILE]
+python scripts/benchmark.py head|loader|step|extract|evaluate|search [--mode MODE] [--json FILE]
 python scripts/benchmark.py drift --cfg FILE [--images N] [--compile] [--json FILE] [KEY VALUE ...]
 """
 
@@ -24,6 +24,7 @@ from core.environment import entry_point
 from evaler import drift
 from evaler.benchmark_evaluation import evaluate_cases, stream_cases
 from evaler.benchmark_extraction import extract_cases
+from evaler.benchmark_search import search_cases
 
 # The first is the default.
 MODES = {"loader": ("exact", "fast"), "extract": ("fp32", "bf16", "fp16"), "evaluate": ("1m", "10m")}
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> None:
         description="Time ours against a plain implementation of the published way, side by side in one process.",
         epilog="Run it on an idle machine: the load is printed with the result. The ratio that counts is the smallest.",
     )
-    parser.add_argument("name", choices=["head", "loader", "step", "extract", "evaluate", "drift"], help="what to time")
+    parser.add_argument(
+        "name", choices=["head", "loader", "step", "extract", "evaluate", "search", "drift"], help="what to time"
+    )
     modes = "; ".join(f"{name}: {', '.join(choices)}" for name, choices in MODES.items())
     parser.add_argument("--mode", help=f"{modes}; the first is the default")
     parser.add_argument("--size", type=int, help="side of the images in pixels (loader: 512, step: 224, extract: 1024)")
@@ -74,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         cases = extract_cases(mode, depth=args.depth, size=(side * 3 // 4, side), seconds=args.seconds)
     elif args.name == "evaluate":
         cases = evaluate_cases(truth=args.truth) if mode == "1m" else stream_cases()
+    elif args.name == "search":
+        cases = search_cases(seconds=args.seconds)
     elif args.name == "loader":
         cases = loader_cases(mode, size=args.size or 512, seconds=args.seconds)
     else:

@@ -1,0 +1,83 @@
+"""Exact search: equal to a whole sort of float64 scores, whatever the chunks, ties and types."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaler import top_k as module
+from evaler.top_k import top_k
+
+
+def sorted_(queries, database, k, exclude=None):
+    for number, query in enumerate(queries.astype(np.float32).astype(np.float64)):
+        scores = np.array([(row.astype(np.float64) * query).sum() for row in database])
+        order = [i for i in np.argsort(-scores, kind="stable") if exclude is None or i != exclude[number]][:k]
+        yield order, scores[order].astype(np.float32)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["f2", "f4"]), st.integers(1, 60), st.integers(1, 30), st.booleans())
+def test_equal_to_sorting(seed, kind, count, k, excluding):
+    rng = np.random.default_rng(seed)
+    queries, database = rng.normal(size=(3, 8)).astype(np.float32), rng.normal(size=(count, 8)).astype(kind)
+    if seed % 2:
+        queries, database = np.round(queries), np.round(database)  # many equal scores
+    exclude = rng.integers(0, count, 3) if excluding else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ROWS_A_CHUNK", int(rng.integers(1, 70)))
+        scores, indices = top_k(queries, database, k, exclude=exclude)
+    for (order, expected), found, at in zip(sorted_(queries, database, k, exclude), scores, indices, strict=True):
+        assert at.tolist() == order
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_many_candidates_are_reduced_to_the_right_ones():
+    rng = np.random.default_rng(0)
+    database = rng.normal(size=(60_000, 16)).astype(np.float32)
+    queries = database[[5, 40_000]]
+    scores, indices = top_k(queries, database, 10)
+    for (order, expected), found, at in zip(sorted_(queries, database, 10), scores, indices, strict=True):
+        assert at.tolist() == order and np.array_equal(found, expected)
+
+
+def test_an_image_excluded_is_not_found_and_minus_one_excludes_none():
+    database = np.eye(4, dtype=np.float32)
+    _, indices = top_k(database[:2], database, 9, exclude=[0, -1])
+    assert indices.shape == (2, 3) and 0 not in indices[0] and indices[1, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("queries", "count", "k", "message"),
+    [((2, 3), 4, 1, "are not"), ((2,), 4, 1, "are not"), ((2, 4), 4, 0, "must be at least 1")],
+)
+def test_mistakes(queries, count, k, message):
+    with pytest.raises(ValueError, match=message):
+        top_k(np.zeros(queries), np.zeros((count, 4)), k)
+
+
+def test_what_is_not_finite_is_named():
+    database = np.ones((20, 3), np.float32)
+    database[7, 1] = np.nan
+    with pytest.raises(ValueError, match="database image 7 is not finite"):
+        top_k(np.ones((1, 3)), database, 1)
+    with pytest.raises(ValueError, match="query 0 is not finite"):
+        top_k(np.full((1, 3), np.inf), np.ones((20, 3)), 1)
+
+
+def test_an_empty_database():
+    scores, indices = top_k(np.ones((2, 3)), np.ones((0, 3), np.float32), 5)
+    assert scores.shape == indices.shape == (2, 0)
+
+
+def test_memory_does_not_grow_with_the_database():
+    rng = np.random.default_rng(1)
+    database, peaks = rng.normal(size=(200_000, 8)).astype(np.float16), []
+    for count in (50_000, 200_000):
+        tracemalloc.start()
+        top_k(database[:20].astype(np.float32), database[:count], 10)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
