@@ -138,6 +138,11 @@ _C.INFER.MAX_LEVEL_PIXELS = 2**25  # an image with more at its largest scale is 
 _C.INFER.DTYPE = "float32"  # float32 | float16 of the descriptors on disk
 _C.INFER.EXPORT = []  # also write them as: mat, npz
 
+# --------------------------------------------------------------------------------------------------------- search
+_C.SEARCH = CfgNode()
+_C.SEARCH.INDEX = ""  # a faiss index by its factory string, e.g. IVF4096,Flat; empty: exact search
+_C.SEARCH.PARAMETERS = ""  # of that index when it is searched, e.g. nprobe=32
+
 # --------------------------------------------------------------------------------------------------------- devices
 _C.NUM_GPUS = 1  # one process a GPU; 0 is the CPU. Under torchrun its process count decides, this only GPU or CPU
 _C.DIST_BACKEND = "nccl"  # between GPUs; on the CPU it is always gloo

@@ -1,0 +1,43 @@
+"""Which collection a place on a command line means, and what follows it there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.config import get_cfg
+from evaler.features import FeaturesError
+
+SEARCHED = ("images", "database", "distractors")  # in a folder that is named without a collection
+
+
+def find_collection(place: Path) -> tuple[Path, str]:
+    """Folder and name of the collection that OUT_DIR/features/<set>, or <set>/<collection>, means.
+
+    Raises `FeaturesError` where there is none, or several to choose from.
+    """
+    if place.with_suffix(".json").is_file() and not place.is_dir():
+        return place.parent, place.stem
+    if not place.is_dir():
+        raise FeaturesError(f"{place}: no such folder of descriptors; evaler/infer.py writes OUT_DIR/features/<set>")
+    found = [name for name in SEARCHED if (place / f"{name}.json").is_file()]
+    if not found:
+        raise FeaturesError(f"{place}: no complete collection in it; extract one with evaler/infer.py first")
+    if len(found) > 1:
+        raise FeaturesError(f"{place}: holds {' and '.join(found)}; name one of them: {place / found[0]}")
+    return place, found[0]
+
+
+def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments before the first that is a configuration's key, and `KEY VALUE ...` from there on."""
+    for position, argument in enumerate(arguments):
+        if _is_key(argument):
+            return list(arguments[:position]), list(arguments[position:])
+    return list(arguments), []
+
+
+def _is_key(text: str) -> bool:
+    node = get_cfg()
+    for part in text.split("."):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return not isinstance(node, dict)

@@ -1,0 +1,10 @@
+"""Images most like a photograph: python evaler/search.py --cfg FILE INDEX query.jpg [...] [KEY VALUE ...]"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from evaler.neighbours import main
+
+    main()

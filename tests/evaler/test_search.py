@@ -1,0 +1,177 @@
+"""Searching an extracted folder by photographs, exactly and by a faiss index, and adding to it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from evaler import extract, faiss_index, features, neighbours
+from evaler.collections_on_disk import find_collection, split_settings
+from evaler.features import Features, FeaturesError, save
+from tests.evaler.test_describer import MODELS, write_weights
+from tests.small_run import ROOT, child_environment, overrides, photograph, write_image
+
+COUNT = 12
+PROVENANCE = {"weights_sha256": "a", "scales": [1.0], "list_sha256": "x"}
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory):
+    """A folder of photographs and its descriptors."""
+    root = tmp_path_factory.mktemp("search")
+    for seed in range(COUNT):
+        write_image(root / "photos" / f"{seed % 2}" / f"{seed:02d}.png", photograph(seed, 48 + seed, 60))
+    (root / "c.yaml").touch()
+    weights = write_weights(root / "w.pyth", MODELS["small"])
+    settings = overrides(
+        MODELS["small"],
+        {"NUM_GPUS": 0, "INFER.SCALES": "[0.5, 1]", "OUT_DIR": root / "out", "TEST.WEIGHTS": weights},
+    )
+    extract.main(["--cfg", str(root / "c.yaml"), *settings, "INFER.IMAGES", str(root / "photos")])
+    return root, settings
+
+
+def command(extracted, capsys, *more, main=neighbours.main, queries=("photos/1/03.png",), without=()):
+    root, settings = extracted
+    pairs = list(zip(settings[::2], settings[1::2], strict=True))
+    settings = [part for key, value in pairs if key not in without for part in (key, value)]
+    place = str(root / "out" / "features" / "photos")
+    options, more = split_settings(list(more))
+    main(["--cfg", str(root / "c.yaml"), *options, place, *(str(root / query) for query in queries), *settings, *more])
+    return capsys.readouterr()
+
+
+def test_a_photograph_of_the_set_is_found_first_and_all_are_in_order(extracted, capsys, tmp_path):
+    root, _ = extracted
+    out, _ = command(extracted, capsys, "--top", "20", "--json", str(tmp_path / "found.json"))
+    (result,) = json.loads((tmp_path / "found.json").read_text())
+    stored = features.load(root / "out" / "features" / "photos", "images")
+    scores = stored.vectors @ stored.vectors[stored.names.index("1/03.png")]
+    assert [entry["name"] for entry in result["found"]] == [stored.names[i] for i in np.argsort(-scores)]
+    assert result["found"][0] == {"name": "1/03.png", "score": pytest.approx(1, abs=1e-5)}
+    assert "   1  1.0000  1/03.png" in out
+
+
+def test_the_weights_of_the_set_are_used_where_none_are_named(extracted, capsys):
+    out, err = command(extracted, capsys, "--top", "1", without=("TEST.WEIGHTS",))
+    assert "w.pyth" in out and "1/03.png" in out and not err
+
+
+def test_a_query_described_otherwise_is_refused(extracted, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command(extracted, capsys, "INFER.SCALES", "[1]")
+    assert caught.value.code == 2
+    assert "in another way than the query would be: scales [0.5, 1.0] there, [1.0] here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("query", "message"), [("absent.png", "absent.png: no such file"), ("c.yaml", "c.yaml: ")])
+def test_a_query_that_cannot_be_read(extracted, capsys, query, message):
+    with pytest.raises(SystemExit):
+        command(extracted, capsys, queries=(query,))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_an_index_is_built_used_and_refused_when_it_is_another(extracted, capsys, monkeypatch):
+    pytest.importorskip("faiss")
+    root, _ = extracted
+    place = root / "out" / "features" / "photos"
+    exact, _ = command(extracted, capsys)
+    with pytest.raises(SystemExit):
+        command(extracted, capsys, "SEARCH.INDEX", "Flat")
+    assert "images.faiss: no index; build it with evaler/index.py" in capsys.readouterr().err
+    built, _ = command(extracted, capsys, "SEARCH.INDEX", "Flat", main=faiss_index.main, queries=())
+    assert "Flat, 100.0 % of the exact first 10 are found" in built
+    found, _ = command(extracted, capsys, "SEARCH.INDEX", "Flat")
+    assert found == exact
+    for settings, message in (
+        (["SEARCH.INDEX", "HNSW4"], "is Flat, SEARCH.INDEX HNSW4"),
+        (["SEARCH.INDEX", "Flat", "SEARCH.PARAMETERS", "nonsense=3"], "SEARCH.PARAMETERS nonsense=3: faiss refuses it"),
+    ):
+        with pytest.raises(SystemExit):
+            command(extracted, capsys, *settings)
+        assert message in capsys.readouterr().err
+    for content, message in ((b"{", "not the description"), (b"[]", "not the description")):
+        (place / "images.faiss.json").write_bytes(content)
+        with pytest.raises(SystemExit):
+            command(extracted, capsys, "SEARCH.INDEX", "Flat")
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(extracted, capsys, "SEARCH.INDEX", "Nonsense8", main=faiss_index.main, queries=())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: SEARCH.INDEX Nonsense8: faiss refuses it")
+    (place / "images.faiss").unlink()
+    (place / "images.faiss.json").unlink()
+
+
+def some_features(names, seed=0, **provenance):
+    vectors = np.random.default_rng(seed).normal(size=(len(names), 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return Features(list(names), vectors, np.full((len(names), 2), 9, np.int32), PROVENANCE | provenance)
+
+
+def test_an_approximate_index_has_the_recall_it_tells(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    save(tmp_path, "images", some_features([str(i) for i in range(3000)]))
+    from core.config import load_cfg
+
+    found = {}
+    for probes in (1, 64):
+        cfg = load_cfg(None, ["SEARCH.INDEX", "IVF64,Flat", "SEARCH.PARAMETERS", f"nprobe={probes}", "NUM_GPUS", "0"])
+        found[probes] = faiss_index.build(cfg, tmp_path, "images")
+    assert found[64] == 1 and 0.05 < found[1] < 0.9
+    index = faiss_index.read(cfg, tmp_path, "images")
+    assert index.ntotal == 3000 and faiss.extract_index_ivf(index).nprobe == 64
+    with open(tmp_path / "images.faiss", "r+b") as file:
+        file.write(b"x")
+    with pytest.raises(FeaturesError, match="damaged"):
+        faiss_index.read(cfg, tmp_path, "images")
+    save(tmp_path, "images", some_features(["a", "b"]))
+    with pytest.raises(FeaturesError, match="of other descriptors"):
+        faiss_index.read(cfg, tmp_path, "images")
+
+
+def test_images_are_added_with_their_names(tmp_path):
+    one, two = some_features(["a", "b"]), some_features(["c", "d", "e"], seed=1, list_sha256="y")
+    save(tmp_path / "one", "images", one)
+    save(tmp_path / "two", "images", two)
+    (tmp_path / "one" / "images.faiss").touch()
+    assert faiss_index.add(tmp_path / "one", "images", tmp_path / "two") == 3
+    whole = features.load(tmp_path / "one", "images")
+    assert whole.names == ["a", "b", "c", "d", "e"]
+    np.testing.assert_array_equal(whole.vectors, np.concatenate([one.vectors, two.vectors]))
+    assert whole.provenance["list_sha256"] == "x+y" and not (tmp_path / "one" / "images.faiss").exists()
+    with pytest.raises(FeaturesError, match="c, d, e is in .* already; nothing is added"):
+        faiss_index.add(tmp_path / "one", "images", tmp_path / "two")
+    save(tmp_path / "other", "images", some_features(["f"], scales=[2.0]))
+    with pytest.raises(FeaturesError, match="in another way .differs in scales"):
+        faiss_index.add(tmp_path / "one", "images", tmp_path / "other")
+
+
+def test_which_collection_a_place_means(tmp_path):
+    with pytest.raises(FeaturesError, match="no such folder"):
+        find_collection(tmp_path / "absent")
+    with pytest.raises(FeaturesError, match="no complete collection"):
+        find_collection(tmp_path)
+    save(tmp_path, "images", some_features(["a"]))
+    assert find_collection(tmp_path) == find_collection(tmp_path / "images") == (tmp_path, "images")
+    save(tmp_path, "database", some_features(["a"]))
+    with pytest.raises(FeaturesError, match="holds images and database; name one of them"):
+        find_collection(tmp_path)
+
+
+def test_settings_behind_photographs():
+    assert split_settings(["a", "SEARCH.jpg", "NUM_GPUS", "0"]) == (["a", "SEARCH.jpg"], ["NUM_GPUS", "0"])
+    assert split_settings(["SEARCH", "INFER.SCALES", "[1]"]) == (["SEARCH"], ["INFER.SCALES", "[1]"])
+    assert split_settings(["a"]) == (["a"], [])
+
+
+def test_the_entry_files(tmp_path):
+    (tmp_path / "c.yaml").touch()
+    for name in ("search", "index"):
+        line = [sys.executable, str(ROOT / "evaler" / f"{name}.py"), "--cfg", "c.yaml", "absent"]
+        line += ["q.jpg"] if name == "search" else ["SEARCH.INDEX", "Flat"]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=child_environment(), timeout=60)
+        assert done.returncode == 2 and done.stderr.startswith("error: absent: no such folder of descriptors")
