@@ -52,7 +52,7 @@ def score_features(
         ("database", database, ground_truth.imlist),
     ):
         source = f"{folder}: {collection}"
-        _check_length(features, source)
+        check_length(features, source)
         aligned.append(np.asarray(align(features, names, source=source), np.float32))
     if distractors is not None:
         _check_alike(f"{folder}: database", database, DISTRACTORS, distractors, but=DISTRACTORS_MAY_DIFFER)
@@ -171,7 +171,7 @@ def load_distractors(cfg: CfgNode) -> Features:
     """The descriptors of the distractors, checked. Raises `FeaturesError`."""
     folder = Path(cfg.OUT_DIR) / "features" / DISTRACTORS
     distractors = load(folder, "distractors")
-    _check_length(distractors, f"{folder}: distractors")
+    check_length(distractors, f"{folder}: distractors")
     if distractors.rejected:
         count = len(distractors.rejected)
         print(f"note: {count} distractors were rejected when they were extracted and are not scored", file=sys.stderr)
@@ -186,7 +186,8 @@ def _tell_of_other_settings(cfg: CfgNode, score: dict) -> None:
             print(f"note: {score['dataset']} {told}", file=sys.stderr)
 
 
-def _check_length(features: Features, source: str) -> None:
+def check_length(features: Features, source: str) -> None:
+    """Raise `FeaturesError` for a descriptor that is not of length 1, naming the image."""
     for start, rows in chunks(features.vectors):
         rows = np.asarray(rows, dtype=np.float32)
         norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))

@@ -1,0 +1,118 @@
+"""Google Landmarks v2 by hand: retrieval, recognition, their files and the command."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from evaler.features import FeaturesError, save
+from evaler.gldv2_protocol import main, read_solution, read_train_labels, recognition, retrieval, vote
+from tests.evaler.test_labelled_protocol import angles, features
+from tests.small_run import ROOT, child_environment
+
+QUERIES = features(["a/a/a/aaa1.jpg", "b/b/b/bbb1.jpg", "c/c/c/ccc1.jpg", "d/d/d/ddd1.jpg"], angles(0, 40, 80, 85))
+INDEX = features([f"x/x/x/xxx{i}.jpg" for i in range(4)], angles(5, 30, 45, 88))
+RETRIEVAL = "id,images,Usage\naaa1,xxx0 xxx2,Public\nbbb1,xxx1,Private\nccc1,None,Ignored\nddd1,xxx3 gone,Private\n"
+RECOGNITION = "id,landmarks,Usage\naaa1,7,Public\nbbb1,8 9,Public\nccc1,,Public\nddd1,,Private\n"
+LABELS = {"xxx0": "7", "xxx1": "7", "xxx2": "9", "xxx3": "1"}
+
+
+def solution(tmp_path, text, column):
+    (tmp_path / "s.csv").write_text(text)
+    return read_solution(tmp_path / "s.csv", column)
+
+
+def test_retrieval(tmp_path):
+    """aaa1 at 0: xxx0 1 2 3; bbb1 at 40: xxx2 xxx1; ddd1 at 85: xxx3, and one that is not in the index."""
+    found = solution(tmp_path, RETRIEVAL, "images")
+    assert found["Private"].keys() == {"bbb1", "ddd1"}
+    scores = retrieval(QUERIES, INDEX, found)
+    assert scores["Public"] == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert scores["Private"] == pytest.approx(100 * (1 / 2 + 1 / 2) / 2)
+
+
+def test_recognition(tmp_path):
+    """By the nearest image: aaa1 is 7 (cos 5), bbb1 is 9 (cos 5), ccc1 has no landmark and is 1 (cos 8)."""
+    found = solution(tmp_path, RECOGNITION, "landmarks")
+    assert recognition(QUERIES, INDEX, LABELS, found, voting=1) == {"Public": pytest.approx(100)}
+    # By all: 7 has two votes and is what all three are taken for, bbb1 the surest (cos 35 + cos 10).
+    scores = recognition(QUERIES, INDEX, LABELS, found, voting=4)
+    sums = [np.cos(np.radians(q - 5)) + np.cos(np.radians(q - 30)) for q in (0, 40)]
+    assert scores["Public"] == pytest.approx(100 * (1 if sums[0] > sums[1] else 1 / 2) / 2)
+    with pytest.raises(ValueError, match="no landmark of xxx3, of 4 training images"):
+        recognition(QUERIES, INDEX, {key: value for key, value in LABELS.items() if key != "xxx3"}, found)
+
+
+def test_votes():
+    assert vote(["a", "b", "b"], [0.9, 0.5, 0.5]) == ("b", 1.0)
+    assert vote(["a", "b", "b"], [0.9, 0.4, 0.4]) == ("a", 0.9)
+    assert vote(["a", "b"], [0.5, 0.5]) == ("a", 0.5)
+
+
+def test_a_query_without_descriptor(tmp_path):
+    found = solution(tmp_path, RETRIEVAL + "eee1,xxx0,Public\n", "images")
+    with pytest.raises(FeaturesError, match="no descriptor of the query eee1, of 2 in the solution"):
+        retrieval(QUERIES, INDEX, found)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,Usage\na,Public\n", "line 1: needs the column images once"),
+        ("id,images,Usage\na,x,Public\na,y,Private\n", "line 3: the query 'a' is empty or there twice"),
+        ("id,images,Usage\n,x,Public\n", "line 2: the query '' is empty"),
+        ("id,images,Usage\na,x,public\n", "line 2: Usage 'public' is not"),
+        ("id,images,Usage\na,,Public\n", "line 2: a has no images"),
+        ("id,images,Usage\na,x,Ignored\n", "no query that counts"),
+    ],
+)
+def test_solutions_that_cannot_be_used(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        solution(tmp_path, text, "images")
+
+
+def test_training_labels(tmp_path):
+    (tmp_path / "clean.csv").write_text("landmark_id,images\n7,a b\n8,c\n")
+    (tmp_path / "train.csv").write_text("id,url,landmark_id\na,http,7\nb,http,7\nc,http,8\n")
+    for name in ("clean.csv", "train.csv"):
+        assert read_train_labels(tmp_path / name) == {"a": "7", "b": "7", "c": "8"}
+    (tmp_path / "bad.csv").write_text("landmark_id,images\n7,a b\n8,a\n")
+    with pytest.raises(ValueError, match="line 3: a is under 7 already"):
+        read_train_labels(tmp_path / "bad.csv")
+    (tmp_path / "bad.csv").write_text("landmark_id,url\n7,a\n")
+    with pytest.raises(ValueError, match="needs the column images or id"):
+        read_train_labels(tmp_path / "bad.csv")
+
+
+def test_the_command(tmp_path, capsys):
+    save(tmp_path / "test", "images", QUERIES)
+    save(tmp_path / "index", "images", INDEX)
+    (tmp_path / "r.csv").write_text(RETRIEVAL)
+    (tmp_path / "g.csv").write_text(RECOGNITION)
+    (tmp_path / "l.csv").write_text("landmark_id,images\n7,xxx0 xxx1\n9,xxx2\n1,xxx3\n")
+    command = [sys.executable, str(ROOT / "evaler" / "evaluate_gldv2.py"), "retrieval", "r.csv", "test", "index"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=child_environment(), timeout=60)
+    assert (done.returncode, done.stderr) == (
+        0,
+        "",
+    ) and "mAP@100 Public     83.33   (1 queries, 4 images)" in done.stdout
+    places = [str(tmp_path / name) for name in ("g.csv", "test", "index")]
+    main(
+        [
+            "recognition",
+            *places,
+            "--labels",
+            str(tmp_path / "l.csv"),
+            "--voting",
+            "1",
+            "--json",
+            str(tmp_path / "o.json"),
+        ]
+    )
+    assert "GAP Public    100.00" in capsys.readouterr().out
+    assert json.loads((tmp_path / "o.json").read_text())["scores"] == {"Public": pytest.approx(100)}
+    with pytest.raises(SystemExit):
+        main(["recognition", *places])
+    assert "recognition needs --labels" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""A labelled set, leaving one out: by hand, against a loop, and through the command."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from evaler.features import Features, save
+from evaler.labelled_protocol import labels_of_folders, main, read_labels, score_labelled
+from tests.small_run import ROOT, child_environment
+
+
+def features(names, vectors):
+    vectors = np.asarray(vectors, np.float32)
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return Features(list(names), vectors, np.full((len(names), 2), 9, np.int32), {"weights_sha256": "a"})
+
+
+def angles(*degrees):
+    return [[np.cos(np.radians(d)), np.sin(np.radians(d))] for d in degrees]
+
+
+NAMES = ["a/1", "a/2", "b/1", "b/2", "c/1"]
+SET = features(NAMES, angles(0, 30, 10, 50, 85))
+
+
+def test_by_hand():
+    """Nearest first. a/1 at 0: b/1 a/2 b/2 c; a/2 at 30: b/1 b/2 ... at 20 and 20: the smaller index; then a/1 at 30;
+    b/1 at 10: a/1 a/2 b/2 c; b/2 at 50: a/2 c b/1 a/1; c is alone."""
+    score = score_labelled(SET, labels_of_folders(NAMES), kappas=(1, 2, 3))
+    assert (score["queries"], score["alone"], score["images"], score["labels"]) == (4, 1, 5, 3)
+    assert score["recall@1"] == 0 and score["recall@2"] == 25 and score["recall@3"] == 100
+    assert score["mAP"] == pytest.approx(100 * (1 / 2 + 1 / 3 + 1 / 3 + 1 / 3) / 4) and score["mAP@R"] == 0
+
+
+def test_perfect_and_all_equal():
+    perfect = features(["a/1", "a/2", "b/1", "b/2"], angles(0, 1, 80, 81))
+    score = score_labelled(perfect, labels_of_folders(perfect.names))
+    assert [score[key] for key in ("recall@1", "mAP", "mAP@R")] == [100] * 3
+    equal = features(["a/1", "b/1", "a/2", "b/2"], angles(0, 0, 0, 0))
+    score = score_labelled(equal, labels_of_folders(equal.names), kappas=(1, 2))
+    # a/1: b/1 a/2; b/1: a/1 a/2 b/2; a/2: a/1 first; b/2: a/1 b/1
+    assert score["recall@1"] == 25 and score["mAP"] == pytest.approx(100 * (1 / 2 + 1 / 3 + 1 + 1 / 2) / 4)
+
+
+def test_against_a_loop():
+    rng = np.random.default_rng(0)
+    names = [f"{rng.integers(6)}/{i}" for i in range(40)]
+    some = features(names, rng.normal(size=(40, 4)))
+    labels = labels_of_folders(names)
+    aps, at_r = [], []
+    for i, name in enumerate(names):
+        scores = some.vectors.astype(np.float64) @ some.vectors[i].astype(np.float64)
+        right = [labels[names[j]] == labels[name] for j in np.argsort(-scores, kind="stable") if j != i]
+        if any(right):
+            precision = [sum(right[: k + 1]) / (k + 1) for k in range(len(right)) if right[k]]
+            aps.append(np.mean(precision))
+            at_r.append(
+                sum(p for p, k in zip(precision, np.flatnonzero(right), strict=True) if k < sum(right)) / sum(right)
+            )
+    score = score_labelled(some, labels)
+    assert score["mAP"] == pytest.approx(100 * np.mean(aps)) and score["mAP@R"] == pytest.approx(100 * np.mean(at_r))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "line 1: needs the column name and label once"),
+        (b"name;label\na;b\n", "line 1: needs the column name and label once"),
+        (b"name,label,name\na,b,c\n", "line 1: needs the column name once"),
+        (b"name,label\n", "no labels in it"),
+        (b"name,label\na,1\nb,2\na,3\n", "line 4: a is there twice"),
+        (b"name,label\na,1\nb\n", "line 3: 1 fields, not 2"),
+        (b"name,label\na,\n", "line 2: name or label is empty"),
+        (b"name,label\n\xff,1\n", "not UTF-8"),
+        (b'name,label\n"a,1\n', "not CSV"),
+    ],
+)
+def test_label_files_that_cannot_be_used(tmp_path, content, message):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_labels(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_label_files(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(b'\xef\xbb\xbfid,name,label\r\n0,"a, b",x y\r\n1,c,z\r\n')
+    assert read_labels(path) == {"a, b": "x y", "c": "z"}
+    with pytest.raises(ValueError, match="absent.csv: cannot be read"):
+        read_labels(tmp_path / "absent.csv")
+    with pytest.raises(ValueError, match="a, b lies in no folder|a, b"):
+        labels_of_folders(["a", "b", "c/d"])
+
+
+def test_sets_that_cannot_be_scored():
+    with pytest.raises(ValueError, match="no label of b/1, b/2, c/1, of 5 images"):
+        score_labelled(SET, {"a/1": "a", "a/2": "a"})
+    with pytest.raises(ValueError, match="no label has two images"):
+        score_labelled(SET, {name: name for name in NAMES})
+
+
+def test_the_command(tmp_path, capsys):
+    save(tmp_path / "photos", "images", SET)
+    (tmp_path / "l.csv").write_text("name,label\n" + "".join(f"{name},{name[0]}\n" for name in NAMES))
+    command = [sys.executable, str(ROOT / "evaler" / "evaluate_labels.py"), "photos", "--json", "score.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=child_environment(), timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and "recall@5    100.00" in done.stdout
+    assert "4 queries; 1 images are alone" in done.stdout
+    main([str(tmp_path / "photos"), "--labels", str(tmp_path / "l.csv")])
+    assert capsys.readouterr().out.splitlines()[2:] == done.stdout.splitlines()[2:]
+    assert json.loads((tmp_path / "score.json").read_text())["provenance"] == {"weights_sha256": "a"}
