@@ -138,6 +138,14 @@ _C.INFER.MAX_LEVEL_PIXELS = 2**25  # an image with more at its largest scale is 
 _C.INFER.DTYPE = "float32"  # float32 | float16 of the descriptors on disk
 _C.INFER.EXPORT = []  # also write them as: mat, npz
 
+# -------------------------------------------------------------------------------------------------------- scoring
+_C.SCORE = CfgNode()
+_C.SCORE.WHITENING = ""  # a file of evaler/whiten.py: PCA whitening, learned on another set than the scored one
+_C.SCORE.DBA = 0  # database augmentation: so many neighbours are added to each image; 0: none
+_C.SCORE.DBA_ALPHA = 3.0  # each with its similarity to this power
+_C.SCORE.QE = 0  # query expansion: so many of the images found are added to each query; 0: none
+_C.SCORE.QE_ALPHA = 3.0  # each with its similarity to this power; 0: average query expansion
+
 # --------------------------------------------------------------------------------------------------------- search
 _C.SEARCH = CfgNode()
 _C.SEARCH.INDEX = ""  # a faiss index by its factory string, e.g. IVF4096,Flat; empty: exact search

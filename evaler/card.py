@@ -1,6 +1,6 @@
 """The result card: what a score was measured on and with, so that nobody compares two that cannot be compared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from core.environment import code_version
@@ -45,7 +45,13 @@ PUBLISHED_SCALES = [0.3535, 0.5, 0.7071, 1.0, 1.4142]
 
 
 def make_card(
-    name: str, database: Features, distractors: Features | None, *, queries: int, ground_truth_sha256: str
+    name: str,
+    database: Features,
+    distractors: Features | None,
+    *,
+    queries: int,
+    ground_truth_sha256: str,
+    post_processing: Sequence[str] = (),
 ) -> dict:
     """The card of one score, JSON-able; what the descriptors' provenance does not tell is None."""
     told = database.provenance
@@ -65,7 +71,7 @@ def make_card(
         "weights_sha256": told.get("weights_sha256"),
         "dim": database.vectors.shape[1],
         "dtype": database.dtype,
-        "post_processing": told.get("post_processing", []),
+        "post_processing": list(post_processing),
         "ground_truth_sha256": ground_truth_sha256,
         "ground_truth_official": OFFICIAL.get(name) == ground_truth_sha256 if name in OFFICIAL else None,
         "extracted_by": told.get("code_version"),

@@ -30,9 +30,13 @@ from core.environment import atomic_write, sha256_file
 
 MANIFEST_FORMAT = 2
 LIST_KEYS = ("list_sha256",)
+# Where descriptors were made, and not what they mean.
+MACHINE_KEYS = ("weights", "device", "threads", "torch", "code_version", "compiled", "batch_size", "chunk_size")
 DTYPES = ("float32", "float16")
 ROWS_A_CHUNK = 1 << 16
 NAMES_SHOWN = 3
+# float32 normalisation is exact to 1e-7, half precision to 1e-3.
+NORM_TOLERANCE = 2e-3
 
 
 class FeaturesError(ValueError):
@@ -208,6 +212,18 @@ def align(features: Features, names: Sequence[str], *, source: str) -> np.ndarra
     if surplus:
         raise FeaturesError(f"{source}: descriptors of {some(surplus)} that were not asked for")
     return features.vectors[[row[name] for name in names]]
+
+
+def check_length(features: Features, source: str) -> None:
+    """Raise `FeaturesError` for a descriptor that is not of length 1, naming the image."""
+    for start, rows in chunks(features.vectors):
+        rows = np.asarray(rows, dtype=np.float32)
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+        bad = np.flatnonzero(np.abs(norms - 1) > NORM_TOLERANCE)
+        if len(bad):
+            name, norm = features.names[start + bad[0]], norms[bad[0]]
+            what = "is zero" if norm == 0 else f"has length {norm:.4g}, not 1"
+            raise FeaturesError(f"{source}: the descriptor of {name} {what} (one of {len(bad)}); extract it again")
 
 
 def differing_keys(a: dict, b: dict, *, but: Sequence[str] = ()) -> list[str]:

@@ -14,10 +14,9 @@ import numpy as np
 
 from core.environment import atomic_write, entry_point
 from evaler.collections_on_disk import find_collection
-from evaler.features import LIST_KEYS, Features, FeaturesError, differing_keys, load, some
+from evaler.features import LIST_KEYS, MACHINE_KEYS, Features, FeaturesError, check_length, differing_keys, load, some
 from evaler.labelled_protocol import read_csv
 from evaler.ranked_metrics import Prediction, global_average_precision, mean_average_precision_at
-from evaler.score import MACHINE_KEYS, check_length
 from evaler.top_k import top_k
 
 FOUND, VOTING = 100, 5

@@ -10,9 +10,8 @@ import numpy as np
 
 from core.environment import atomic_write, entry_point
 from evaler.collections_on_disk import find_collection
-from evaler.features import Features, load, some
+from evaler.features import Features, check_length, load, some
 from evaler.ranked_metrics import average_precision, average_precision_at_r, recall_at
-from evaler.score import check_length
 from revisitop.average_precision import without_junk
 from revisitop.streamed_ranks import standings
 

@@ -16,9 +16,8 @@ from evaler import faiss_index
 from evaler.collections_on_disk import find_collection, split_settings
 from evaler.extract import load_network
 from evaler.extraction_job import limits_of
-from evaler.features import LIST_KEYS, Features, FeaturesError, differing_keys, load
+from evaler.features import LIST_KEYS, MACHINE_KEYS, Features, FeaturesError, differing_keys, load
 from evaler.multiscale import describe_batch, reduce_to_fit
-from evaler.score import MACHINE_KEYS
 from evaler.top_k import top_k
 
 # What may differ between a query and what is searched: neither changes what a descriptor means.

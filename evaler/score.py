@@ -13,19 +13,28 @@ from yacs.config import CfgNode
 from core.config import load_cfg_from_args
 from core.environment import atomic_write, entry_point, sha256_file
 from evaler.card import line, make_card, network_name, published, with_distractors
-from evaler.features import LIST_KEYS, Features, FeaturesError, align, chunks, differing_keys, load
+from evaler.features import (
+    LIST_KEYS,
+    MACHINE_KEYS,
+    Features,
+    FeaturesError,
+    align,
+    check_length,
+    differing_keys,
+    load,
+    read_manifest,
+)
 from evaler.images import DISTRACTORS
+from evaler.post_processing import PostProcessing
 from revisitop import groundtruth, protocol
 from revisitop.groundtruth import GroundTruth
 
 KAPPAS = (1, 5, 10)
 SETTING_NAMES = {"E": "Easy", "M": "Medium", "H": "Hard"}
 # What may differ between a set and the distractors behind it: their list, queries, and where they were described.
-MACHINE_KEYS = ("weights", "device", "threads", "torch", "code_version", "compiled", "batch_size", "chunk_size")
 DISTRACTORS_MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
+NO_POST_PROCESSING = PostProcessing()
 SHOWN_BRACKET = 0.005  # points of mAP
-# float32 normalisation is exact to 1e-7, half precision to 1e-3.
-NORM_TOLERANCE = 2e-3
 
 
 def score_features(
@@ -34,6 +43,7 @@ def score_features(
     *,
     kappas: Sequence[int] = KAPPAS,
     distractors: Features | None = None,
+    post: PostProcessing = NO_POST_PROCESSING,
 ) -> dict[str, dict]:
     """Score the collections `queries` and `database` in `folder`, the latter with `distractors` behind it.
 
@@ -57,7 +67,9 @@ def score_features(
     if distractors is not None:
         _check_alike(f"{folder}: database", database, DISTRACTORS, distractors, but=DISTRACTORS_MAY_DIFFER)
     parts = [aligned[1]] if distractors is None else [aligned[1], distractors.vectors]
-    fractions = protocol.evaluate(aligned[0], parts, ground_truth, kappas)
+    post.check(database.provenance, database.vectors.shape[1])
+    vectors, parts = post(aligned[0], parts)
+    fractions = protocol.evaluate(vectors, parts, ground_truth, kappas)
     result: dict[str, dict] = {
         setting: {
             "mAP": _percent(values["mAP"]),
@@ -113,17 +125,22 @@ def table(score: dict) -> str:
 
 
 def score_set(
-    name: str, data_dir: str | os.PathLike, out_dir: str | os.PathLike, *, distractors: Features | None = None
+    name: str,
+    data_dir: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    *,
+    distractors: Features | None = None,
+    post: PostProcessing = NO_POST_PROCESSING,
 ) -> tuple[dict, Path]:
     """Score one extracted set and write `<out_dir>/scores/<name>.json`; returns what is written, and where.
 
-    With distractors the file is `<name>_with_distractors.json`.
+    With distractors the file is `<name>_with_distractors.json`, and `_processed` is put behind it with post-processing.
     """
     gnd_path = Path(data_dir) / name / f"gnd_{name}.pkl"
     ground_truth = groundtruth.load(gnd_path)
     folder = Path(out_dir) / "features" / name
     digest = sha256_file(gnd_path)
-    scores = score_features(folder, ground_truth, distractors=distractors)
+    scores = score_features(folder, ground_truth, distractors=distractors, post=post)
     score = {
         "unit": "percent",
         "dataset": name,
@@ -140,9 +157,13 @@ def score_set(
             distractors,
             queries=len(ground_truth.qimlist),
             ground_truth_sha256=digest,
+            post_processing=post.steps(
+                [read_manifest(folder, part)["sha256"]["npy"] for part in ("queries", "database")]
+            ),
         ),
     }
-    path = Path(out_dir) / "scores" / f"{name}{'_with_distractors' if distractors else ''}.json"
+    suffix = f"{'_with_distractors' if distractors else ''}{'_processed' if post else ''}"
+    path = Path(out_dir) / "scores" / f"{name}{suffix}.json"
     with atomic_write(path) as file:
         file.write(json.dumps(score, indent=1, allow_nan=False).encode() + b"\n")
     return score, path
@@ -158,10 +179,11 @@ def main(argv: list[str] | None = None) -> None:
     sets = [name for name in cfg.INFER.DATASETS if name != DISTRACTORS]
     if not sets:
         raise ValueError(f"INFER.DATASETS names {DISTRACTORS} alone, which has no queries; name a set to score with it")
+    post = PostProcessing.of(cfg)
     distractors = load_distractors(cfg) if DISTRACTORS in cfg.INFER.DATASETS else None
     for name in sets:
         for behind in (None, distractors) if distractors else (None,):
-            score, path = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR, distractors=behind)
+            score, path = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR, distractors=behind, post=post)
             if behind is None:
                 _tell_of_other_settings(cfg, score)
             print(f"\n{table(score)}\n\n  written to {path}")
@@ -184,18 +206,6 @@ def _tell_of_other_settings(cfg: CfgNode, score: dict) -> None:
         if extracted != value:
             told = f"was extracted with INFER.{key.upper()} {extracted}, not {value} as configured"
             print(f"note: {score['dataset']} {told}", file=sys.stderr)
-
-
-def check_length(features: Features, source: str) -> None:
-    """Raise `FeaturesError` for a descriptor that is not of length 1, naming the image."""
-    for start, rows in chunks(features.vectors):
-        rows = np.asarray(rows, dtype=np.float32)
-        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-        bad = np.flatnonzero(np.abs(norms - 1) > NORM_TOLERANCE)
-        if len(bad):
-            name, norm = features.names[start + bad[0]], norms[bad[0]]
-            what = "is zero" if norm == 0 else f"has length {norm:.4g}, not 1"
-            raise FeaturesError(f"{source}: the descriptor of {name} {what} (one of {len(bad)}); extract it again")
 
 
 def _percent(fraction: float) -> float | None:

@@ -1,6 +1,7 @@
 """The k images of a database that are most like each query: exact, in one pass, the database read in chunks."""
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -38,7 +39,7 @@ def top_k(
     k = min(k, count - bool((own >= 0).any()))
     if not k or not len(queries):
         return np.zeros((len(queries), max(k, 0)), np.float32), np.zeros((len(queries), max(k, 0)), np.int64)
-    starts = range(0, count, ROWS_A_CHUNK)
+    starts, ended = range(0, count, ROWS_A_CHUNK), threading.Event()
     threads = min(len(os.sched_getaffinity(0)), len(starts))
     with (
         threadpool_limits(1, user_api="blas"),  # its own threads would wait for one another between the products
@@ -49,12 +50,17 @@ def top_k(
         def search(first: int) -> list[_Best]:
             best = [_Best(k, int(image)) for image in own]
             for start in starts[first::threads]:
+                if ended.is_set():
+                    break
                 rows = np.ascontiguousarray(database[start : start + ROWS_A_CHUNK], dtype=np.float32)
                 _search(queries, rows, start, best)
                 progress.update(len(rows))
             return best
 
-        shares = list(pool.map(search, range(threads)))
+        try:
+            shares = list(pool.map(search, range(threads)))
+        finally:
+            ended.set()  # after an error or Ctrl-C the other threads stop as well
     scores, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     for number, of_one in enumerate(zip(*shares, strict=True)):
         candidates = np.unique(np.concatenate([best.candidates() for best in of_one]))

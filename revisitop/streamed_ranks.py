@@ -8,6 +8,7 @@ float32 is enough, whose error has a bound (Higham, Accuracy and Stability of Nu
 """
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,24 +62,29 @@ def standings(
     if not np.isfinite(queries).all():
         raise ValueError(f"the descriptor of query {_first_bad(queries)} is not finite")
     exact = [query.astype(np.float64) for query in queries]
-    scores = [_scores(_gathered(parts, images), query) for query, images in zip(exact, wanted, strict=True)]
     pieces = list(_pieces(parts, rows_a_chunk))
     threads = min(_cores(), len(pieces)) or 1
-    total = sum(part.shape[0] for part in parts)
+    total, ended = sum(part.shape[0] for part in parts), threading.Event()
     with (
         threadpool_limits(1, user_api="blas"),  # its own threads would wait for one another between the products
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=total, desc="ranking", unit="image", unit_scale=True, leave=False, delay=1) as bar,
     ):
+        scores = _wanted_scores(exact, pieces, wanted)
 
         def count(first: int) -> list[_Query]:
             found = [_Query(*query) for query in zip(exact, scores, wanted, strict=True)]
             for start, part, rows in pieces[first::threads]:
+                if ended.is_set():
+                    break
                 _count(queries, np.asarray(part[rows]), start, found)
                 bar.update(rows.stop - rows.start)
             return found
 
-        shares = list(pool.map(count, range(threads)))
+        try:
+            shares = list(pool.map(count, range(threads)))
+        finally:
+            ended.set()  # after an error or Ctrl-C the other threads stop as well
     return [_Query.standing(of_one) for of_one in zip(*shares, strict=True)]
 
 
@@ -192,14 +198,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _gathered(parts: Sequence[Rows], images: np.ndarray) -> np.ndarray:
-    """The descriptors of these images: float64 [W, D]."""
-    ends = np.cumsum([part.shape[0] for part in parts])
-    rows = np.empty((len(images), parts[0].shape[1]))
-    for row, (image, which) in enumerate(zip(images, np.searchsorted(ends, images, side="right"), strict=True)):
-        local = int(image - ends[which] + parts[which].shape[0])
-        rows[row] = np.asarray(parts[which][local : local + 1])[0]
-    return rows
+def _wanted_scores(
+    queries: Sequence[np.ndarray], pieces: Sequence[tuple[int, Rows, slice]], wanted: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Of each query the scores of its wanted images.
+
+    Read in the same chunks as later: what makes descriptors as it goes may round a single row in another way.
+    """
+    images = np.unique(np.concatenate([np.empty(0, np.int64), *wanted]))
+    found = []
+    for start, part, rows in pieces:
+        inside = images[(images >= start) & (images < start + rows.stop - rows.start)]
+        if len(inside):
+            found.append(np.asarray(part[rows])[inside - start])
+    gathered = np.concatenate(found) if found else np.empty((0, 0))
+    return [
+        _scores(gathered[np.searchsorted(images, of_one)], query) if len(of_one) else np.empty(0)
+        for query, of_one in zip(queries, wanted, strict=True)
+    ]
 
 
 def _bytes(rows: np.ndarray) -> int:

@@ -25,8 +25,9 @@ def features(count, **provenance):
     return Features(names, np.zeros((count, 8), np.float32), np.ones((count, 2), np.int32), PROVENANCE | provenance)
 
 
-def card(name="roxford5k", distractors=0, sha256=OFFICIAL["roxford5k"], **provenance):
-    made = make_card(name, features(3, **provenance), None, queries=70, ground_truth_sha256=sha256)
+def card(name="roxford5k", distractors=0, sha256=OFFICIAL["roxford5k"], post=(), **provenance):
+    more = {"queries": 70, "ground_truth_sha256": sha256, "post_processing": post}
+    made = make_card(name, features(3, **provenance), None, **more)
     return made | {"distractors": distractors}
 
 
@@ -35,7 +36,7 @@ def test_it_holds_everything_a_reader_has_to_know():
         "roxford5k | R101 orthogonal MA | weights abcdef01 | queries cropped | 5 scales | fp32 bilinear | "
         "8-d float32 | no post-processing | labels ba796775 | code 0123abc, 456"
     )
-    text = line(card(crop_query=False, sha256="0" * 64, post_processing=["PCA 256", "aQE 3"]))
+    text = line(card(crop_query=False, sha256="0" * 64, post=["PCA 256", "aQE 3"]))
     assert "queries not cropped" in text and "NOT the official labels" in text and "PCA 256 + aQE 3" in text
     bare = make_card("mine", Features([], np.zeros((0, 4), np.float16), np.zeros((0, 2), np.int32), {}), features(5),
                      queries=1, ground_truth_sha256="1" * 64)  # fmt: skip
@@ -57,7 +58,7 @@ def test_published_numbers():
 
 
 @pytest.mark.parametrize(
-    "other", [{"depth": 18}, {"fusion": "global"}, {"scales": [1.0]}, {"crop_query": None}, {"post_processing": ["x"]}]
+    "other", [{"depth": 18}, {"fusion": "global"}, {"scales": [1.0]}, {"crop_query": None}, {"post": ["x"]}]
 )
 def test_what_was_measured_otherwise_has_none_beside_it(other):
     assert published(card(**other)) is None

@@ -86,3 +86,21 @@ def test_memory_does_not_grow_with_the_database():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] < 40_000 * 20 * 4
+
+
+class AsItGoes:
+    """Makes descriptors when they are read, with other last bits for other slices."""
+
+    def __init__(self, rows):
+        self._rows, self.shape = rows, rows.shape
+
+    def __getitem__(self, rows):
+        return self._rows[rows] * np.float32(1 + 1e-6 * (rows.start % 3) + 1e-6 * (rows.stop - rows.start))
+
+
+def test_an_image_is_not_above_itself_where_rows_are_made_as_they_are_read():
+    rng = np.random.default_rng(4)
+    database = rng.normal(size=(50, 8)).astype(np.float32)
+    found = standings(database[:5], [AsItGoes(database)], [np.arange(50)] * 5, rows_a_chunk=8)
+    for standing in found:
+        assert sorted(standing.ranks) == list(range(50)) and (standing.equal == 1).all()

@@ -1,0 +1,77 @@
+"""What is done to descriptors before they are scored: whitening, then database augmentation, then query expansion."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from yacs.config import CfgNode
+
+from evaler import whitening
+from evaler.expansion import augment, expand
+from evaler.features import LIST_KEYS, MACHINE_KEYS, FeaturesError, differing_keys
+from evaler.rows import Mapped, Stacked
+from evaler.whitening import Whitening
+
+
+@dataclass(frozen=True, eq=False)
+class PostProcessing:
+    """The switches of SCORE."""
+
+    whitening: Whitening | None = None
+    dba: int = 0  # neighbours
+    dba_alpha: float = 0.0
+    qe: int = 0
+    qe_alpha: float = 0.0
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "PostProcessing":
+        """Raises `ValueError` for a whitening that cannot be read."""
+        learned = whitening.read(Path(cfg.SCORE.WHITENING)) if cfg.SCORE.WHITENING else None
+        return cls(learned, cfg.SCORE.DBA, cfg.SCORE.DBA_ALPHA, cfg.SCORE.QE, cfg.SCORE.QE_ALPHA)
+
+    def __bool__(self) -> bool:
+        return bool(self.whitening or self.dba or self.qe)
+
+    def steps(self, scored: Sequence[str]) -> list[str]:
+        """For the card. scored: sha256 of the descriptors that are scored, on which nothing should be learned."""
+        found = []
+        if self.whitening:
+            told = self.whitening.learned_on
+            own = ", THE SCORED SET ITSELF" if told.get("npy_sha256") in scored else ""
+            found.append(f"PCA whitening to {self.whitening.dim} (learned on {told.get('set')}{own})")
+        if self.dba:
+            found.append(f"DBA {self.dba} alpha {self.dba_alpha:g}")
+        if self.qe:
+            found.append(f"QE {self.qe} alpha {self.qe_alpha:g}")
+        return found
+
+    def check(self, provenance: dict, dim: int) -> None:
+        """Raise `FeaturesError` if the whitening was learned on descriptors that were made in another way."""
+        if self.whitening is None:
+            return
+        differing = differing_keys(
+            self.whitening.learned_on.get("provenance", {}),
+            {key: value for key, value in provenance.items() if key != "crop_query"},
+            but=(*LIST_KEYS, *MACHINE_KEYS),
+        )
+        if differing or len(self.whitening.mean) != dim:
+            what = ", ".join(differing) or f"dimension, {len(self.whitening.mean)} and {dim}"
+            raise FeaturesError(f"SCORE.WHITENING was learned on descriptors made in another way (differs in {what})")
+
+    def __call__(self, queries: np.ndarray, parts: Sequence) -> tuple[np.ndarray, list]:
+        """Descriptors [Q, D] and [N, D] in parts -> queries [Q, E] and parts; memory grows with N only by DBA."""
+        if not self:
+            return queries, list(parts)
+        database = Stacked(parts)
+        if self.whitening:
+            queries = self.whitening(np.asarray(queries, dtype=np.float32))
+            database = Mapped(database, self.whitening, self.whitening.dim)
+        if self.dba:
+            if len(database) > 200_000:
+                print(f"note: SCORE.DBA compares {len(database):,} images with each other: hours", file=sys.stderr)
+            database = augment(database, neighbours=self.dba, alpha=self.dba_alpha)
+        if self.qe:
+            queries = expand(queries, database, neighbours=self.qe, alpha=self.qe_alpha)
+        return queries, [database]

@@ -1,0 +1,116 @@
+"""PCA whitening of descriptors: learned on one set, used on others.
+
+Jegou and Chum, Negative evidences and co-occurences in image retrieval: the benefit of PCA and whitening, ECCV 2012.
+"""
+
+import argparse
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from core.environment import atomic_write, entry_point
+from evaler.collections_on_disk import find_collection
+from evaler.features import LIST_KEYS, MACHINE_KEYS, check_length, chunks, load, read_manifest
+
+SMALLEST = 1e-9  # variance, of the largest one: directions with less hold rounding errors only
+_ARRAYS = ("mean", "projection", "learned_on")
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """mean: float64 [D]; projection: float64 [D, E], the columns in order of variance; learned_on: what and how."""
+
+    mean: np.ndarray
+    projection: np.ndarray
+    learned_on: dict
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [N, D] -> float32 [N, E] of length 1."""
+        moved = (rows.astype(np.float64) - self.mean) @ self.projection
+        norms = np.linalg.norm(moved, axis=1, keepdims=True)
+        return (moved / np.maximum(norms, 1e-12)).astype(np.float32)
+
+    @property
+    def dim(self) -> int:
+        return self.projection.shape[1]
+
+
+def learn(vectors: np.ndarray, *, dim: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and projection [D, dim] (0: all) of descriptors [N, D], read in chunks.
+
+    Raises ValueError if the descriptors do not vary in so many directions.
+    """
+    count, full = vectors.shape
+    sum_, products = np.zeros(full), np.zeros((full, full))
+    for _, rows in chunks(vectors):
+        rows = np.asarray(rows, dtype=np.float64)
+        sum_ += rows.sum(axis=0)
+        products += rows.T @ rows
+    mean = sum_ / max(count, 1)
+    values, directions = np.linalg.eigh(products / max(count, 1) - np.outer(mean, mean))
+    values, directions = values[::-1], directions[:, ::-1]
+    enough = int((values > SMALLEST * max(values[0], 1e-30)).sum())
+    wanted = dim or full
+    most = max(min(enough, count - 1), 0)
+    if wanted > most:
+        raise ValueError(
+            f"{count} descriptors vary in {most} directions, not {wanted}: use more images or a smaller --dim"
+        )
+    return mean, directions[:, :wanted] / np.sqrt(values[:wanted])
+
+
+def write(path: Path, whitening: Whitening) -> None:
+    told = np.frombuffer(json.dumps(whitening.learned_on, sort_keys=True).encode(), np.uint8)
+    with atomic_write(path) as file:
+        np.savez(file, mean=whitening.mean, projection=whitening.projection, learned_on=told)
+
+
+def read(path: Path) -> Whitening:
+    """Raises `ValueError` naming a file that is missing or no whitening; nothing in it is executed."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, projection, told = (file[key] for key in _ARRAYS)
+        whitening = Whitening(mean, projection, json.loads(told.tobytes()))
+        good = mean.dtype == projection.dtype == np.float64 and mean.ndim == 1 and projection.ndim == 2
+        good = good and projection.shape[0] == len(mean) >= projection.shape[1] > 0
+        good = good and np.isfinite(mean).all() and np.isfinite(projection).all() and type(whitening.learned_on) is dict
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such whitening; evaler/whiten.py learns one") from None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+        good = False
+    if not good:
+        raise ValueError(f"{path}: not a whitening of evaler/whiten.py; learn it again")
+    return whitening
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Learn PCA whitening on an extracted set; use it with SCORE.WHITENING."
+    )
+    parser.add_argument("learned_on", type=Path, metavar="SET", help="OUT_DIR/features/<set>, or <set>/<collection>")
+    parser.add_argument("output", type=Path, metavar="OUT.npz", help="where to write it")
+    parser.add_argument("--dim", type=int, default=0, help="dimensions to keep (default: all)")
+    args = parser.parse_args(argv)
+    if args.dim < 0 or args.output.suffix != ".npz":
+        parser.error("--dim must be 0 or more, and OUT.npz end with .npz")
+    folder, collection = find_collection(args.learned_on)
+    features = load(folder, collection)
+    check_length(features, f"{folder}: {collection}")
+    mean, projection = learn(features.vectors, dim=args.dim)
+    told = {
+        "set": folder.name,
+        "collection": collection,
+        "images": len(features.names),
+        "npy_sha256": read_manifest(folder, collection)["sha256"]["npy"],
+        "provenance": {
+            k: v for k, v in features.provenance.items() if k not in (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
+        },
+    }
+    write(args.output, Whitening(mean, projection, told))
+    print(
+        f"{args.output}: {projection.shape[1]} of {len(mean)} dimensions, by {len(features.names)} images of {folder}"
+    )

@@ -1,0 +1,182 @@
+"""Whitening, augmentation, expansion: against slower versions, by known values, and through the commands."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from core.config import load_cfg
+from evaler import whitening
+from evaler.expansion import augment, expand
+from evaler.features import FeaturesError, save
+from evaler.post_processing import PostProcessing
+from evaler.rows import Mapped, Stacked
+from evaler.score import main
+from evaler.whitening import Whitening, learn
+from tests.evaler.test_score import ROOT, database, evaluate, place  # noqa: F401
+from tests.small_run import child_environment
+
+
+def unit(rows):
+    rows = np.asarray(rows, dtype=np.float64)
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+RNG = np.random.default_rng(0)
+SKEWED = unit(RNG.normal(size=(400, 6)) * [5, 3, 2, 1, 1, 0.5] + [1, 0, 0, 2, 0, 0])
+
+
+# ------------------------------------------------------------------------------------------------------- whitening
+
+
+def test_whitened_descriptors_have_no_mean_and_no_covariance_but_one():
+    mean, projection = learn(SKEWED)
+    moved = (SKEWED - mean) @ projection
+    np.testing.assert_allclose(moved.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(np.cov(moved.T, bias=True), np.eye(6), atol=1e-5)
+
+
+def test_the_directions_kept_are_those_of_the_largest_variance():
+    _, whole = learn(SKEWED)
+    mean, projection = learn(SKEWED, dim=2)
+    np.testing.assert_array_equal(projection, whole[:, :2])
+    # One direction kept is the one along which the descriptors vary most: no other has more variance.
+    direction = projection[:, 0] / np.linalg.norm(projection[:, 0])
+    most = ((SKEWED - mean) @ direction).var()
+    assert all(((SKEWED - mean) @ other).var() <= most + 1e-6 for other in unit(RNG.normal(size=(300, 6))))
+    out = Whitening(mean, projection, {})(SKEWED)
+    assert out.shape == (400, 2) and out.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(out, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(SKEWED[:4], 0), (SKEWED[:4], 4), (SKEWED[[0] * 9], 1), (SKEWED, 7)])
+def test_too_few_directions(rows, dim):
+    with pytest.raises(ValueError, match="use more images or a smaller --dim"):
+        learn(rows, dim=dim)
+
+
+def test_a_whitening_on_disk(tmp_path):
+    whitening.write(tmp_path / "w.npz", Whitening(*learn(SKEWED, dim=3), {"set": "x"}))
+    read = whitening.read(tmp_path / "w.npz")
+    np.testing.assert_array_equal(read(SKEWED), Whitening(*learn(SKEWED, dim=3), {})(SKEWED))
+    assert read.learned_on == {"set": "x"} and read.dim == 3
+
+
+class Payload:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        None,
+        {"mean": np.zeros(3)},
+        {"mean": np.zeros(3), "projection": np.zeros((4, 2)), "learned_on": np.frombuffer(b"{}", np.uint8)},
+        {"mean": np.full(3, np.nan), "projection": np.zeros((3, 2)), "learned_on": np.frombuffer(b"{}", np.uint8)},
+        {"mean": np.zeros(3), "projection": np.zeros((3, 2)), "learned_on": np.frombuffer(b"[]", np.uint8)},
+        {"mean": np.zeros(3), "projection": np.zeros((3, 2)), "learned_on": np.frombuffer(b"{", np.uint8)},
+        {"mean": np.array([Payload()]), "projection": np.zeros((3, 2)), "learned_on": np.frombuffer(b"{}", np.uint8)},
+    ],
+)
+def test_files_that_are_no_whitening(tmp_path, monkeypatch, arrays):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "w.npz"
+    path.write_bytes(b"PK nothing") if arrays is None else np.savez(path, **arrays)
+    with pytest.raises(ValueError, match="w.npz: not a whitening"):
+        whitening.read(path)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="no such whitening; evaler/whiten.py learns one"):
+        whitening.read(tmp_path / "absent.npz")
+
+
+# ------------------------------------------------------------------------------------------- neighbours, and rows
+
+
+def test_expansion_by_hand():
+    images = unit([[1, 0], [0, 1], [-1, 0]])
+    query = unit([[0.8, 0.6]])
+    np.testing.assert_allclose(expand(query, images, neighbours=2, alpha=0), unit([[1.8, 1.6]]), atol=1e-6)
+    np.testing.assert_allclose(expand(query, images, neighbours=1, alpha=3), unit([[0.8 + 0.512, 0.6]]), atol=1e-6)
+    # The third is opposite: with a positive power it counts nothing.
+    both = [expand(query, images, neighbours=n, alpha=1) for n in (2, 3)]
+    np.testing.assert_array_equal(*both)
+
+
+def test_augmentation_leaves_each_image_out_of_its_own_neighbours(monkeypatch):
+    monkeypatch.setattr("evaler.expansion.QUERIES_AT_ONCE", 7)
+    rows = SKEWED[:30]
+    found = augment(rows, neighbours=3, alpha=2)
+    for number, row in enumerate(rows.astype(np.float64)):
+        scores = rows @ row
+        scores[number] = -9
+        best = np.argsort(-scores, kind="stable")[:3]
+        moved = row + (np.maximum(scores[best], 0) ** 2) @ rows[best]
+        np.testing.assert_allclose(found[number], moved / np.linalg.norm(moved), atol=1e-6)
+
+
+def test_stacked_rows_are_those_of_the_whole():
+    parts = [SKEWED[:7], SKEWED[7:7], SKEWED[7:50].astype(np.float16), SKEWED[50:60]]
+    whole = np.concatenate([part.astype(np.float32) for part in parts])
+    stacked = Stacked(parts)
+    assert stacked.shape == (60, 6) and len(stacked) == 60
+    for start in range(0, 61, 3):
+        for stop in (start, start + 1, start + 9, start + 99):
+            np.testing.assert_array_equal(stacked[start:stop], whole[start:stop])
+    index = RNG.integers(0, 60, 40)
+    np.testing.assert_array_equal(stacked[index], whole[index])
+    doubled = Mapped(stacked, lambda rows: 2 * rows[:, :2], 2)
+    np.testing.assert_array_equal(doubled[3:55], 2 * whole[3:55, :2])
+    assert doubled.shape == (60, 2)
+
+
+# ------------------------------------------------------------------------------------------------ the whole of it
+
+
+def test_nothing_switched_on_changes_nothing():
+    post = PostProcessing.of(load_cfg(None, []))
+    queries, parts = post(SKEWED[:2], [SKEWED[2:]])
+    assert not post and post.steps([]) == [] and queries is not None
+    np.testing.assert_array_equal(parts[0], SKEWED[2:])
+
+
+def test_the_order_is_whitening_augmentation_expansion():
+    learned = Whitening(*learn(SKEWED, dim=4), {"set": "x", "npy_sha256": "1"})
+    post = PostProcessing(learned, dba=2, dba_alpha=1, qe=3, qe_alpha=0)
+    queries, (moved,) = post(SKEWED[:5], [SKEWED[5:40], SKEWED[40:90]])
+    images = augment(learned(SKEWED[5:90]), neighbours=2, alpha=1)
+    np.testing.assert_allclose(moved, images, atol=1e-6)
+    np.testing.assert_allclose(queries, expand(learned(SKEWED[:5]), images, neighbours=3, alpha=0), atol=1e-6)
+    assert post.steps(["2"]) == ["PCA whitening to 4 (learned on x)", "DBA 2 alpha 1", "QE 3 alpha 0"]
+    assert "THE SCORED SET ITSELF" in post.steps(["1"])[0]
+
+
+def test_a_whitening_of_other_descriptors_is_refused():
+    post = PostProcessing(Whitening(*learn(SKEWED), {"provenance": {"weights_sha256": "a"}}))
+    post.check({"weights_sha256": "a", "crop_query": True, "list_sha256": "l", "torch": "2"}, 6)
+    with pytest.raises(FeaturesError, match="differs in weights_sha256"):
+        post.check({"weights_sha256": "b"}, 6)
+    with pytest.raises(FeaturesError, match="differs in dimension, 6 and 8"):
+        post.check({"weights_sha256": "a"}, 8)
+
+
+def test_the_commands(place, capsys):  # noqa: F811
+    """Learned on the set itself: allowed, and told. The plain score stays."""
+    plain = evaluate(place).stdout
+    command = [sys.executable, str(ROOT / "evaler" / "whiten.py"), "out/features/tiny", "w.npz", "--dim", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=child_environment(), timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and "1 of 3 dimensions, by 6 images" in done.stdout
+    settings = ["SCORE.WHITENING", str(place / "w.npz"), "SCORE.QE", "2", "SCORE.DBA", "1"]
+    main(["--cfg", str(place / "cfg.yaml"), *settings])
+    out = capsys.readouterr().out
+    assert "PCA whitening to 1 (learned on tiny, THE SCORED SET ITSELF) + DBA 1 alpha 3 + QE 2 alpha 3" in out
+    processed = json.loads((place / "out" / "scores" / "tiny_processed.json").read_text())
+    assert len(processed["card"]["post_processing"]) == 3
+    assert evaluate(place).stdout == plain
+    save(place / "out" / "features" / "tiny", "database", database(weights_sha256="0"))
+    save(place / "out" / "features" / "tiny", "queries", database(weights_sha256="0"))
+    with pytest.raises(SystemExit):
+        main(["--cfg", str(place / "cfg.yaml"), "SCORE.WHITENING", str(place / "absent.npz")])
+    assert "absent.npz: no such whitening" in capsys.readouterr().err
