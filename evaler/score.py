@@ -141,6 +141,9 @@ def score_set(
     folder = Path(out_dir) / "features" / name
     digest = sha256_file(gnd_path)
     scores = score_features(folder, ground_truth, distractors=distractors, post=post)
+    scored = [(folder, "queries"), (folder, "database")]
+    if distractors is not None:
+        scored.append((folder.parent / DISTRACTORS, "distractors"))
     score = {
         "unit": "percent",
         "dataset": name,
@@ -157,9 +160,7 @@ def score_set(
             distractors,
             queries=len(ground_truth.qimlist),
             ground_truth_sha256=digest,
-            post_processing=post.steps(
-                [read_manifest(folder, part)["sha256"]["npy"] for part in ("queries", "database")]
-            ),
+            post_processing=post.steps([read_manifest(*place)["sha256"]["npy"] for place in scored]),
         ),
     }
     suffix = f"{'_with_distractors' if distractors else ''}{'_processed' if post else ''}"

@@ -175,6 +175,12 @@ def test_the_commands(place, capsys):  # noqa: F811
     processed = json.loads((place / "out" / "scores" / "tiny_processed.json").read_text())
     assert len(processed["card"]["post_processing"]) == 3
     assert evaluate(place).stdout == plain
+
+    save(place / "out" / "features" / "revisitop1m", "distractors", database())
+    subprocess.run([*command[:2], "out/features/revisitop1m", *command[3:]], cwd=place, timeout=60, check=True)
+    main(["--cfg", str(place / "cfg.yaml"), *settings[:2], "INFER.DATASETS", "tiny,revisitop1m"])
+    cards = [line for line in capsys.readouterr().out.splitlines() if "PCA whitening" in line]
+    assert len(cards) == 2 and "(learned on revisitop1m, THE SCORED SET ITSELF)" in cards[1]
     save(place / "out" / "features" / "tiny", "database", database(weights_sha256="0"))
     save(place / "out" / "features" / "tiny", "queries", database(weights_sha256="0"))
     with pytest.raises(SystemExit):

@@ -81,3 +81,13 @@ def test_memory_does_not_grow_with_the_database():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_scores_that_float32_cannot_tell_apart(monkeypatch):
+    """All images are almost one: which are the best is decided in float64, also among those seen chunks before."""
+    rng = np.random.default_rng(2)
+    database = np.ones((8000, 64), np.float32) + rng.normal(size=(8000, 64)).astype(np.float32) * np.float32(1.5e-7)
+    query = rng.normal(size=(2, 64)).astype(np.float32)
+    monkeypatch.setattr(module, "ROWS_A_CHUNK", 100)
+    _, indices = top_k(query, database, 5)
+    assert [row.tolist() for row in indices] == [order for order, _ in sorted_(query, database, 5)]

@@ -104,3 +104,15 @@ def test_an_image_is_not_above_itself_where_rows_are_made_as_they_are_read():
     found = standings(database[:5], [AsItGoes(database)], [np.arange(50)] * 5, rows_a_chunk=8)
     for standing in found:
         assert sorted(standing.ranks) == list(range(50)) and (standing.equal == 1).all()
+
+
+def test_longer_descriptors_in_a_later_chunk_are_as_exact():
+    """Products with long descriptors are far off in float32, also where those seen before were short."""
+    rng = np.random.default_rng(5)
+    query = rng.normal(size=(1, 64)).astype(np.float32)
+    short = rng.normal(size=(20, 64)).astype(np.float32)
+    across = rng.normal(size=(200, 64)) * 1e4
+    across -= np.outer(across @ query[0] / (query[0] @ query[0]), query[0])
+    database = np.concatenate([short, (across + short[rng.integers(0, 20, 200)]).astype(np.float32)])
+    wanted = [np.arange(20)]
+    assert as_rows(standings(query, [database], wanted, rows_a_chunk=20)) == list(naive(query, database, wanted))
