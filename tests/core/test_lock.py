@@ -11,9 +11,12 @@ HOLD = """
 import os, sys, time
 from core.lock import folder_lock
 with folder_lock(sys.argv[1]) as locked:
+    reading, writing = os.pipe()
     if os.fork() == 0:  # a loader worker, say, which outlives its parent
+        os.write(writing, b".")
         time.sleep(60)
         os._exit(0)
+    os.read(reading, 1)  # on a busy machine it may not have begun to run when its parent is killed
     print(locked, flush=True)
     time.sleep(60)
 """
