@@ -2,7 +2,7 @@
 
 Weyand et al., Google Landmarks Dataset v2, CVPR 2020, section 5. The files are `retrieval_solution_v2.1.csv` (id,
 images, Usage) and `recognition_solution_v2.1.csv` (id, landmarks, Usage) at
-https://github.com/cvdf/google-landmark. Usage is Public or Private, which are scored apart, or Ignored.
+https://github.com/cvdfoundation/google-landmark. Usage is Public or Private, which are scored apart, or Ignored.
 """
 
 import argparse

@@ -18,7 +18,8 @@ def top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores float32 [Q, K] and indices int64 [Q, K] of the K = min(k, N) images with the highest dot products.
 
-    queries: [Q, D]; database: float32 or float16 [N, D], possibly memory-mapped: memory does not grow with N.
+    queries: [Q, D]; database: float32 or float16 [N, D], possibly memory-mapped. Memory does not grow with N, unless
+    more and more images tie for the k-th place: those are all held and compared at the end.
     exclude: of each query an image (its own, -1 for none) that is not to be found; K is then at most N - 1.
     From the highest score to the lowest, equal ones by the smaller index. Scores are float64 sums (NumPy's pairwise
     ones) of the k that float32 products and their error bound leave, so that neither chunks nor threads change them.
