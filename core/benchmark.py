@@ -1,6 +1,5 @@
 """Timing two ways of doing one thing side by side in one process: medians, ratios, machine and versions."""
 
-import json
 import os
 import platform
 import statistics
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.environment import atomic_write, code_version
+from core.environment import code_version, write_json
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ def report(name: str, mode: str, cases: Iterable[Case], *, path: Path | None = N
         "versions": versions(),
     }
     if path is not None:
-        with atomic_write(path) as file:
-            file.write(json.dumps(record, indent=1).encode() + b"\n")
+        write_json(path, record)
     lines = [f"{name}{f' ({mode})' if mode else ''}: seconds, medians of runs in turn"]
     lines += [f"  {'':<34}{'ours':>10}{'baseline':>10}{'ratio':>8}{'runs':>6}"]
     for case in cases:

@@ -4,6 +4,7 @@ import contextlib
 import dis
 import functools
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -127,6 +128,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.fsync(folder)  # the rename itself must survive a power cut
     finally:
         os.close(folder)
+
+
+def write_json(path: str | os.PathLike, record: object, *, sort_keys: bool = False) -> None:
+    """Write a file of JSON, by `atomic_write`. Raises ValueError for numbers that are not finite."""
+    content = json.dumps(record, indent=1, sort_keys=sort_keys, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(content.encode() + b"\n")
 
 
 def _umask() -> int:

@@ -139,6 +139,8 @@ def _source(out: Path, csv: Path | None, tree: Path | None, images: Path | None)
             _note(f"{len(others)} files below {tree} are no images, the first is {others[0]!a}")
         return listing, tree
     table = csv if csv is not None else out / "train_clean.csv"
+    if not table.exists():
+        raise SourceError(f"{table}: no such table; give one with --csv, or a folder per class with --tree")
     listing = read_csv(table)
     return listing, images if images is not None else out / "train" if listing.is_gldv2 else table.parent
 

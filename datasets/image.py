@@ -64,8 +64,8 @@ _READERS = {"BMP": read_bmp, "PNG": read_png, "TIFF": lambda data: Tiff(data).si
 # After these libjpeg goes on although pixels are missing or wrong. A few bytes too many before a marker do no harm.
 _DAMAGE = re.compile(r"premature end|bad Huffman code|instead of RST|\d{3} extraneous", re.IGNORECASE)
 _MARK = np.random.default_rng(0).integers(0, 256, (_MAX_SIDE, 3), np.uint8)  # a row that no image has
-# (Transpose?, mirror), to be applied in this order; the mirror is cv2.flip's.
-_TURNS = {2: (False, 1), 3: (False, -1), 4: (False, 0), 5: (True, None), 6: (True, 1), 7: (True, -1), 8: (True, 0)}
+# EXIF's orientation -> (transpose?, mirror), to be applied in this order; the mirror is cv2.flip's.
+TURNS = {2: (False, 1), 3: (False, -1), 4: (False, 0), 5: (True, None), 6: (True, 1), 7: (True, -1), 8: (True, 0)}
 
 
 def decode(path: str | os.PathLike, data: bytes | None = None, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -116,10 +116,8 @@ class ImageFile:
 
     @property
     def orientation(self) -> int | None:
-        """EXIF's orientation of a plain JPEG (8 bits, grey or colour, Huffman-coded), 1 to 8. Else None."""
-        if self._frame is None or not self._frame.plain or self._frame.orientation is None:
-            return None
-        return self._frame.orientation if self._frame.orientation in _TURNS else 1
+        """EXIF's, of a plain JPEG (8 bits, grey or colour, Huffman-coded), perhaps none of `TURNS`; else None."""
+        return self._frame.orientation if self._frame is not None and self._frame.plain else None
 
     @property
     def reductions(self) -> list[int]:
@@ -170,7 +168,7 @@ class ImageFile:
             image = _lenient(self._data, frame.size) if frame.plain else None
         if image is None or not frame.plain:  # the rest, CMYK included, has only been looked at for damage
             return None
-        transpose, mirror = _TURNS.get(frame.orientation, (False, None))
+        transpose, mirror = TURNS.get(frame.orientation, (False, None))
         image = cv2.transpose(image) if transpose else image
         return image if mirror is None else cv2.flip(image, mirror)
 

@@ -63,7 +63,7 @@ def read_csv(file: str | os.PathLike) -> Listing:
     paths: list[str] = []
     labels: list[str] = []
     lines = array.array("q")
-    with contextlib.closing(_rows(file)) as rows:
+    with contextlib.closing(csv_rows(file)) as rows:
         _, header = next(rows, (1, []))
         header = [name.strip() for name in header]
         read_row, columns = _form(file, header)
@@ -80,7 +80,7 @@ def read_csv(file: str | os.PathLike) -> Listing:
     return _listing(str(file), paths, labels, np.array(lines, np.int64), is_gldv2=read_row is not _own_row)
 
 
-def _rows(file: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(file: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
     """Every row that is not blank, with the number of its first line."""
     limit = csv.field_size_limit(1 << 30)  # the usual 128 KiB are 7,710 images of one landmark
     try:
@@ -93,7 +93,7 @@ def _rows(file: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
                     yield start, row
                 start = reader.line_num + 1
     except FileNotFoundError:
-        raise SourceError(f"{file}: no such table; give one with --csv, or a folder per class with --tree") from None
+        raise SourceError(f"{file}: no such table") from None
     except OSError as error:
         raise SourceError(f"{file}: the table cannot be read ({error.strerror})") from error
     except csv.Error as error:
@@ -121,11 +121,11 @@ def _clean_row(images: str, landmark: str) -> tuple[list[str], str]:
     ids = images.split()
     if not ids:
         raise SourceError(f"landmark {landmark} has no images")
-    return [_path_of(image) for image in ids], _landmark(landmark)
+    return [_path_of(image) for image in ids], landmark_name(landmark)
 
 
 def _train_row(image: str, landmark: str) -> tuple[list[str], str]:
-    return [_path_of(image)], _landmark(landmark)
+    return [_path_of(image)], landmark_name(landmark)
 
 
 def _path_of(image: str) -> str:
@@ -134,7 +134,8 @@ def _path_of(image: str) -> str:
     return gldv2_path(image)
 
 
-def _landmark(text: str) -> str:
+def landmark_name(text: str) -> str:
+    """`007` -> `7`. Raises SourceError for what is no landmark's id."""
     if not LANDMARK_ID.fullmatch(text):
         raise SourceError(f"{text!a} is not a landmark id; expected a whole number")
     return str(int(text))

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from core.benchmark import Case, compare
-from evaler.top_k import ROWS_A_CHUNK, top_k
+from evaler.top_k import top_k
+from revisitop.scores import ROWS_A_CHUNK
 
 COUNT = 1_005_994  # ROxford5k and R1M
 

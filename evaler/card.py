@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from core.environment import code_version
-from evaler.features import Features
 from evaler.images import DISTRACTORS
 
 COMPLETE = 1_001_001  # images of R1M
@@ -13,8 +12,8 @@ OFFICIAL = {
     "roxford5k": "ba7967754bd2d7d2210a5799f9c45ad5835e269a80ef9d3eba44caa35816c471",
     "rparis6k": "d2e729a5293dda7dda8a15c8383424a42e4964a2c4cfea2f32fa85d11d2df499",
 }
-# mAP of DOLG, Medium and Hard. Yang et al., ICCV 2021, table 1 (cropped queries) and the authors' repository (whole
-# ones): depth, cropped -> set, with R1M -> scores.
+# mAP of DOLG, Medium and Hard, as its authors published them (Yang et al., ICCV 2021, https://github.com/feymanpriv/DOLG):
+# depth, queries cropped or not -> set, with R1M or not -> scores.
 PUBLISHED = {
     (50, True): {
         ("roxford5k", False): (81.20, 62.55),
@@ -46,34 +45,28 @@ PUBLISHED_SCALES = [0.3535, 0.5, 0.7071, 1.0, 1.4142]
 
 def make_card(
     name: str,
-    database: Features,
-    distractors: Features | None,
+    database: Mapping,
     *,
     queries: int,
+    distractors: int,
     ground_truth_sha256: str,
-    post_processing: Sequence[str] = (),
+    post_processing: Sequence[str],
 ) -> dict:
-    """The card of one score, JSON-able; what the descriptors' provenance does not tell is None."""
-    told = database.provenance
+    """The card of one score, JSON-able, from the manifest of the set's database; what that does not tell is None."""
+    told = database["provenance"]
+    keys = ("scales", "precision", "resize", "depth", "fusion", "with_ma", "weights", "weights_sha256")
     return {
         "set": name,
         "queries": queries,
-        "gallery": len(database.names),
-        "distractors": len(distractors.names) if distractors else 0,
+        "gallery": database["count"],
+        "distractors": distractors,
         "queries_cropped": told.get("crop_query"),
-        "scales": told.get("scales"),
-        "precision": told.get("precision"),
-        "resize": told.get("resize"),
-        "depth": told.get("depth"),
-        "fusion": told.get("fusion"),
-        "with_ma": told.get("with_ma"),
-        "weights": told.get("weights"),
-        "weights_sha256": told.get("weights_sha256"),
-        "dim": database.vectors.shape[1],
-        "dtype": database.dtype,
+        **{key: told.get(key) for key in keys},
+        "dim": database["dim"],
+        "dtype": database["dtype"],
         "post_processing": list(post_processing),
         "ground_truth_sha256": ground_truth_sha256,
-        "ground_truth_official": OFFICIAL.get(name) == ground_truth_sha256 if name in OFFICIAL else None,
+        "ground_truth_official": OFFICIAL[name] == ground_truth_sha256 if name in OFFICIAL else None,
         "extracted_by": told.get("code_version"),
         "scored_by": code_version(),
     }

@@ -21,13 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from core.environment import atomic_write
+from core.environment import atomic_write, write_json
 from evaler.features import Features, FeaturesError, Rejected, parse_table, table_bytes
+from evaler.provenance import PLACES, without
 
 CHUNK_FORMAT = 1
 _NAME = re.compile(r"(\d{6,})\.chunk")
-# Where the weights lie does not matter, their sha256 does.
-PLACES = ("weights",)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Plan:
         """Tells two extractions apart: 64 hexadecimal digits."""
         content = asdict(self) | {
             "format": CHUNK_FORMAT,
-            "provenance": {key: value for key, value in self.provenance.items() if key not in PLACES},
+            "provenance": without(self.provenance, PLACES),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -78,8 +77,7 @@ def write_plan(parent: str | os.PathLike, plan: Plan) -> Path:
     """Make the folder of the chunks with its plan, unless it is there; return it."""
     folder = plan.folder(parent)
     if not (folder / "plan.json").exists():
-        with atomic_write(folder / "plan.json") as file:
-            file.write(json.dumps(asdict(plan), indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
+        write_json(folder / "plan.json", asdict(plan), sort_keys=True)
     return folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.environment import atomic_write, entry_point
+from core.environment import entry_point, write_json
 from evaler.score import SETTING_NAMES
 
 SAMPLES = 10_000
@@ -142,5 +142,4 @@ def main(argv: list[str] | None = None) -> None:
     result = compare(read_score(args.a), read_score(args.b))
     print(f"A: {args.a}\nB: {args.b}\n\n{table(result, most=args.queries)}")
     if args.json:
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(result, indent=1, allow_nan=False).encode() + b"\n")
+        write_json(args.json, result)

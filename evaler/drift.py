@@ -1,7 +1,6 @@
 """What precision, batching, resizing and scales do to the descriptors of a set, to its scores, and to the speed."""
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,15 +16,14 @@ from yacs.config import CfgNode
 from core.benchmark import machine, versions
 from core.builders import build_descriptor, load_tested_weights
 from core.counter import Counter
-from core.environment import atomic_write
-from datasets.image import ImageError
+from core.environment import write_json
 from datasets.transforms import normalise, scaled_size
 from evaler.extract import image_lists
 from evaler.extraction_job import limits_of
 from evaler.gpu_jpeg import nvjpeg
 from evaler.images import ImageList
 from evaler.multiscale import describe, describe_batch
-from evaler.pictures import Broken, Pictures
+from evaler.pictures import Pictures
 from model.inference import for_inference
 from revisitop import groundtruth, protocol
 
@@ -148,10 +146,7 @@ def _described(
 
     pictures = Pictures(images, limits_of(cfg), on_gpu=nvjpeg() if variant.gpu_jpeg else None)
     for index in range(min(len(images), most or len(images))):
-        picture = pictures.finished(pictures[index])
-        if isinstance(picture, Broken):
-            raise ImageError(f"{images.source(index)}: {picture.reason}")
-        image = picture.pixels.cpu().numpy()
+        image = pictures.picture(index).pixels.cpu().numpy()
         group = waiting.setdefault(image.shape, [])
         group.append((index, image))
         if len(group) == variant.batch_size:
@@ -195,5 +190,4 @@ def table(rows: Iterable[Row]) -> str:
 def write(rows: Iterable[Row], path: Path) -> None:
     """The same as JSON, with machine and versions."""
     record = {"name": "drift", "rows": [asdict(row) for row in rows], "machine": machine(), "versions": versions()}
-    with atomic_write(path) as file:
-        file.write(json.dumps(record, indent=1).encode() + b"\n")
+    write_json(path, record)

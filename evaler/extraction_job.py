@@ -15,13 +15,14 @@ from yacs.config import CfgNode
 from core.counter import Counter
 from core.lock import InUse, folder_lock
 from datasets.image import ImageError
-from evaler.chunks import PLACES, Plan, name_lines, plans, present, read_header, read_plan, write_chunk, write_plan
-from evaler.features import Features, FeaturesError, Rejected, differing_keys, feature_path, load, read_manifest
+from evaler.chunks import Plan, name_lines, plans, present, read_header, read_plan, write_chunk, write_plan
+from evaler.features import Features, FeaturesError, Rejected, feature_path, load, read_manifest
 from evaler.gpu_jpeg import nvjpeg
 from evaler.images import ImageList
 from evaler.join import join, missing
 from evaler.multiscale import describe_batch
 from evaler.pictures import Broken, Limits, Picture, Pictures, by_size, decoded
+from evaler.provenance import PLACES, differing_keys
 
 GPU_WORKERS = 4  # where the configuration leaves it open
 

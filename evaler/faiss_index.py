@@ -16,9 +16,10 @@ from yacs.config import CfgNode
 
 from core.config import load_cfg
 from core.counter import bar
-from core.environment import atomic_write, entry_point, sha256_file
-from evaler.collections_on_disk import find_collection, split_settings
-from evaler.features import LIST_KEYS, Features, FeaturesError, chunks, differing_keys, load, read_manifest, some, write
+from core.environment import atomic_write, entry_point, sha256_file, write_json
+from evaler.arguments import find_collection, split_settings
+from evaler.features import Features, FeaturesError, chunks, load, read_manifest, some, write
+from evaler.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, differing_keys
 from evaler.top_k import top_k
 
 MOST_TRAINED_ON = 1 << 18
@@ -30,10 +31,10 @@ def build(cfg: CfgNode, folder: Path, collection: str) -> float:
 
     Raises `ValueError` for a string that faiss refuses.
     """
-    import faiss
-
-    features = load(folder, collection)
-    vectors = features.vectors
+    faiss = search_library()
+    vectors = load(folder, collection).vectors
+    if not len(vectors):
+        raise FeaturesError(f"{folder}: '{collection}' holds no image to index")
     sample = np.sort(np.random.default_rng(0).permutation(len(vectors))[:MOST_TRAINED_ON])
     try:
         index = faiss.index_factory(vectors.shape[1], cfg.SEARCH.INDEX, faiss.METRIC_INNER_PRODUCT)
@@ -61,15 +62,13 @@ def build(cfg: CfgNode, folder: Path, collection: str) -> float:
         "parameters": cfg.SEARCH.PARAMETERS,
         f"recall@{PROBED_TOP}": recall,
     }
-    with atomic_write(told) as file:
-        file.write(json.dumps(description, indent=1, sort_keys=True).encode() + b"\n")
+    write_json(told, description, sort_keys=True)
     return recall
 
 
 def read(cfg: CfgNode, folder: Path, collection: str):
     """The index of SEARCH.INDEX. Raises `FeaturesError` if it is absent, another one, or of other descriptors."""
-    import faiss
-
+    faiss = search_library()
     path, told = _paths(folder, collection)
     mend = "build it with evaler/index.py"
     try:
@@ -114,9 +113,12 @@ def add(folder: Path, collection: str, other: Path) -> int:
     whole. Raises `FeaturesError` for names that both have, and for descriptors made in another way.
     """
     one, two = load(folder, collection), load(*find_collection(other))
-    differing = differing_keys(one.provenance, two.provenance, but=(*LIST_KEYS, "weights"))
-    if differing or one.vectors.shape[1] != two.vectors.shape[1]:
-        raise FeaturesError(f"{other}: described in another way (differs in {', '.join(differing) or 'dimension'})")
+    check_alike(str(folder), one, str(other), two, but=(*LIST_KEYS, *MACHINE_KEYS))
+    differing = differing_keys(one.provenance, two.provenance, but=LIST_KEYS)
+    if differing:
+        print(
+            f"note: {other} differs in {', '.join(differing)}, which the set does not tell from now on", file=sys.stderr
+        )
     double = sorted(set(one.names) & set(two.names))
     if double:
         raise FeaturesError(f"{other}: {some(double)} is in {folder} already; nothing is added")
@@ -137,22 +139,28 @@ def add(folder: Path, collection: str, other: Path) -> int:
     return len(two.names)
 
 
+def search_library():
+    """Raises `ValueError` where faiss is not installed."""
+    try:
+        import faiss  # not at the top: few commands need it, and it brings threads of its own
+    except ImportError as error:
+        raise ValueError(f"SEARCH.INDEX needs faiss ({error}); install faiss-gpu or faiss-cpu") from None
+    return faiss
+
+
 def _paths(folder: Path, collection: str) -> tuple[Path, Path]:
     return folder / f"{collection}.faiss", folder / f"{collection}.faiss.json"
 
 
 def _gpus(cfg: CfgNode) -> int:
-    import faiss
-
+    faiss = search_library()
     return faiss.get_num_gpus() if cfg.NUM_GPUS and hasattr(faiss, "StandardGpuResources") else 0
 
 
 def _set_parameters(index, parameters: str) -> None:
-    import faiss
-
     if parameters:
         try:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
+            search_library().ParameterSpace().set_index_parameters(index, parameters)
         except RuntimeError as error:
             raise ValueError(f"SEARCH.PARAMETERS {parameters}: faiss refuses it: {_last_line(error)}") from None
 

@@ -10,8 +10,7 @@ folder:
 The manifest is written last, so a collection that was cut off while it was written has none and is not taken for a
 whole one. Rows stand in the order of the list that was extracted; whoever needs an order asks for it by name (`align`).
 
-Provenance is a JSON object; `evaler/extract.py` decides what stands in it. `LIST_KEYS` are the ones that describe the
-list of images and therefore differ between collections.
+Provenance is a JSON object; `evaler/extract.py` decides what stands in it, `evaler/provenance.py` compares.
 """
 
 import contextlib
@@ -26,12 +25,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from core.environment import atomic_write, sha256_file
+from core.environment import atomic_write, sha256_file, write_json
 
 MANIFEST_FORMAT = 2
-LIST_KEYS = ("list_sha256",)
-# Where descriptors were made, and not what they mean.
-MACHINE_KEYS = ("weights", "device", "threads", "torch", "code_version", "compiled", "batch_size", "chunk_size")
 DTYPES = ("float32", "float16")
 ROWS_A_CHUNK = 1 << 16
 NAMES_SHOWN = 3
@@ -133,8 +129,7 @@ def write(
         "machines": sorted(machines),
         "provenance": provenance,
     }
-    with atomic_write(manifest) as file:
-        file.write(json.dumps(description, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
+    write_json(manifest, description, sort_keys=True)
 
 
 def load(folder: str | os.PathLike, collection: str) -> Features:
@@ -224,12 +219,6 @@ def check_length(features: Features, source: str) -> None:
             name, norm = features.names[start + bad[0]], norms[bad[0]]
             what = "is zero" if norm == 0 else f"has length {norm:.4g}, not 1"
             raise FeaturesError(f"{source}: the descriptor of {name} {what} (one of {len(bad)}); extract it again")
-
-
-def differing_keys(a: dict, b: dict, *, but: Sequence[str] = ()) -> list[str]:
-    """Keys of two provenances with different values, or in only one of them; those in `but` are not looked at."""
-    absent = object()
-    return sorted(key for key in a.keys() | b.keys() if key not in but and a.get(key, absent) != b.get(key, absent))
 
 
 def chunks(vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -6,16 +6,17 @@ https://github.com/cvdfoundation/google-landmark. Usage is Public or Private, wh
 """
 
 import argparse
-import json
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from core.environment import atomic_write, entry_point
-from evaler.collections_on_disk import find_collection
-from evaler.features import LIST_KEYS, MACHINE_KEYS, Features, FeaturesError, check_length, differing_keys, load, some
-from evaler.labelled_protocol import read_csv
+from core.environment import entry_point, write_json
+from datasets.list_sources import SourceError, csv_rows, landmark_name, read_csv
+from evaler.arguments import find_collection
+from evaler.features import Features, FeaturesError, check_length, load, some
+from evaler.provenance import LIST_KEYS, MACHINE_KEYS, check_alike
 from evaler.ranked_metrics import Prediction, global_average_precision, mean_average_precision_at
 from evaler.top_k import top_k
 
@@ -31,34 +32,37 @@ def read_solution(path: Path, column: str) -> Solution:
     """
     solution: Solution = {usage: {} for usage in USAGES}
     seen: set[str] = set()
-    for number, row in read_csv(path, ("id", column, "Usage")):
-        if row["id"] in seen or not row["id"]:
-            raise ValueError(f"{path} line {number}: the query {row['id']!a} is empty or there twice")
-        seen.add(row["id"])
-        if row["Usage"] == "Ignored":
-            continue
-        if row["Usage"] not in USAGES:
-            raise ValueError(f"{path} line {number}: Usage {row['Usage']!a} is not Public, Private or Ignored")
-        right = frozenset(row[column].split())
-        if not right and column == "images":
-            raise ValueError(f"{path} line {number}: {row['id']} has no images, and is not Ignored")
-        solution[row["Usage"]][row["id"]] = right
+    with contextlib.closing(csv_rows(path)) as rows:
+        _, header = next(rows, (1, []))
+        if any(header.count(name) != 1 for name in ("id", column, "Usage")):
+            raise ValueError(f"{path}, line 1: the columns are {','.join(header)[:100]!a}; expected id,{column},Usage")
+        for line, row in rows:
+            if len(row) != len(header):
+                raise ValueError(f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}")
+            fields = dict(zip(header, row, strict=True))
+            query, usage, right = fields["id"], fields["Usage"], fields[column].split()
+            if not query or query in seen:
+                raise ValueError(f"{path}, line {line}: the query {query!a} is empty or there twice")
+            seen.add(query)
+            if usage == "Ignored":
+                continue
+            if usage not in USAGES:
+                raise ValueError(f"{path}, line {line}: Usage {usage!a} is not Public, Private or Ignored")
+            if column == "images" and not right:
+                raise ValueError(f"{path}, line {line}: {query!a} has no images, and is not Ignored")
+            try:
+                solution[usage][query] = frozenset(right if column == "images" else map(landmark_name, right))
+            except SourceError as error:
+                raise ValueError(f"{path}, line {line}: {error}") from None
     if not any(solution.values()):
         raise ValueError(f"{path}: no query that counts")
     return solution
 
 
 def read_train_labels(path: Path) -> dict[str, str]:
-    """Image id -> landmark, from train_clean.csv (landmark_id, images) or train.csv (id, url, landmark_id)."""
-    labels: dict[str, str] = {}
-    for number, row in read_csv(path, ("landmark_id",)):
-        images = row["images"].split() if "images" in row else [row["id"]] if "id" in row else None
-        if images is None:
-            raise ValueError(f"{path} line 1: needs the column images or id")
-        for image in images:
-            if labels.setdefault(image, row["landmark_id"]) != row["landmark_id"]:
-                raise ValueError(f"{path} line {number}: {image} is under {labels[image]} already")
-    return labels
+    """Image id -> landmark, from train_clean.csv or train.csv. Raises `ValueError` naming file and line."""
+    listing = read_csv(path)
+    return {image_id(name): listing.class_names[k] for name, k in zip(listing.paths, listing.classes, strict=True)}
 
 
 def image_id(name: str) -> str:
@@ -86,6 +90,8 @@ def recognition(
     Raises `FeaturesError` for a query without descriptor, `ValueError` for a training image without label.
     """
     ids = [image_id(name) for name in train.names]
+    if not ids:
+        raise ValueError("there are no training images to vote")
     missing = [name for name in ids if name not in labels]
     if missing:
         raise ValueError(f"no landmark of {some(missing)}, of {len(ids)} training images")
@@ -112,7 +118,10 @@ def vote(landmarks: list[str], similarities: list[float]) -> Prediction:
 
 def _of(queries: Features, wanted: Mapping[str, object]) -> np.ndarray:
     """The descriptors of these queries, in their order; others are not looked at."""
-    row = {image_id(name): number for number, name in enumerate(queries.names)}
+    row: dict[str, int] = {}
+    for number, name in enumerate(queries.names):
+        if row.setdefault(image_id(name), number) != number:
+            raise FeaturesError(f"{queries.names[row[image_id(name)]]} and {name} have one id")
     missing = [query for query in wanted if query not in row]
     if missing:
         raise FeaturesError(f"no descriptor of the query {some(missing)}, of {len(wanted)} in the solution")
@@ -141,9 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     solution = read_solution(args.solution, "images" if args.task == "retrieval" else "landmarks")
     labels = read_train_labels(args.labels) if args.labels else {}
     queries, searched = (load(*find_collection(place)) for place in (args.queries, args.searched))
-    differing = differing_keys(queries.provenance, searched.provenance, but=(*LIST_KEYS, *MACHINE_KEYS, "crop_query"))
-    if differing:
-        raise FeaturesError(f"{args.queries} and {args.searched} differ in {', '.join(differing)}; extract both alike")
+    but = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
+    check_alike(str(args.queries), queries, str(args.searched), searched, but=but)
     for place, features in ((args.queries, queries), (args.searched, searched)):
         check_length(features, str(place))
     if args.task == "retrieval":
@@ -155,5 +163,4 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         record = {"task": args.task, "metric": metric, "unit": "percent", "scores": scores}
         record |= {"searched": len(searched.names), "provenance": searched.provenance}
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(record, indent=1).encode() + b"\n")
+        write_json(args.json, record)

@@ -9,10 +9,12 @@ they differ on a GPU at hand. Damage inside the compressed data is not looked fo
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
+from datasets.image import TURNS
+
 GpuDecoder = Callable[[Tensor], Tensor]  # uint8 [bytes] in CPU memory -> uint8 [3, H, W] RGB
+_MIRRORED = {None: (), 1: (1,), 0: (0,), -1: (0, 1)}  # the dimensions that cv2.flip's numbers stand for
 
 
 def nvjpeg() -> GpuDecoder:
@@ -28,19 +30,6 @@ def nvjpeg() -> GpuDecoder:
 def upright_bgr(image: Tensor, orientation: int) -> Tensor:
     """uint8 [3, H, W] RGB as stored -> [H, W, 3] BGR, turned as EXIF's `orientation` says."""
     image = image.flip(0).permute(1, 2, 0)
-    transpose, flips = _TURNS[orientation]
+    transpose, mirror = TURNS.get(orientation, (False, None))
     image = image.transpose(0, 1) if transpose else image
-    return torch.flip(image, flips)
-
-
-# What to do with rows and columns: exchange them? then mirror along these dimensions.
-_TURNS = {
-    1: (False, []),
-    2: (False, [1]),
-    3: (False, [0, 1]),
-    4: (False, [0]),
-    5: (True, []),
-    6: (True, [1]),
-    7: (True, [0, 1]),
-    8: (True, [0]),
-}
+    return image.flip(_MIRRORED[mirror])

@@ -69,13 +69,13 @@ class ImageList:
 
 
 class LooseFiles:
-    """Image `name` is the file FOLDER/name + suffix."""
+    """Image `name` is the file FOLDER/name + suffix; with an empty folder name + suffix itself."""
 
     def __init__(self, folder: str | os.PathLike, names: list[str], *, suffix: str = "") -> None:
         self._folder, self._names, self._suffix = os.fspath(folder), names, suffix
 
     def source(self, index: int) -> str:
-        return f"{self._folder}/{self._names[index]}{self._suffix}"
+        return os.path.join(self._folder, self._names[index] + self._suffix)
 
     def read(self, index: int) -> bytes:
         return read_file(self.source(index))

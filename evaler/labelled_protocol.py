@@ -1,15 +1,15 @@
 """Scores of a set of one's own, whose images carry labels: each image is asked for the others of its label."""
 
 import argparse
-import csv
-import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from core.environment import atomic_write, entry_point
-from evaler.collections_on_disk import find_collection
+from core.environment import entry_point, write_json
+from datasets.list_sources import read_csv
+from evaler.arguments import find_collection
 from evaler.features import Features, check_length, load, some
 from evaler.ranked_metrics import average_precision, average_precision_at_r, recall_at
 from revisitop.average_precision import without_junk
@@ -28,45 +28,9 @@ def labels_of_folders(names: Sequence[str]) -> dict[str, str]:
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Name -> label, from a CSV file with the columns `name` and `label`. Raises `ValueError` naming the line."""
-    labels: dict[str, str] = {}
-    for number, row in read_csv(path, ("name", "label")):
-        if not row["name"] or not row["label"]:
-            raise ValueError(f"{path} line {number}: name or label is empty")
-        if row["name"] in labels:
-            raise ValueError(f"{path} line {number}: {row['name']} is there twice")
-        labels[row["name"]] = row["label"]
-    if not labels:
-        raise ValueError(f"{path}: no labels in it")
-    return labels
-
-
-def read_csv(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-    """(line number, column -> text) of a CSV file whose first line names these columns, and perhaps others.
-
-    Raises `ValueError` naming file and line for what is missing, not UTF-8, or has other columns.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            absent = [column for column in columns if header.count(column) != 1]
-            if absent:
-                raise ValueError(
-                    f"{path} line 1: needs the column {' and '.join(absent)} once, has {', '.join(header)!a}"
-                )
-            rows = []
-            for fields in reader:
-                if len(fields) != len(header):
-                    raise ValueError(f"{path} line {reader.line_num}: {len(fields)} fields, not {len(header)}")
-                rows.append((reader.line_num, dict(zip(header, fields, strict=True))))
-            return rows
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text") from None
-    except csv.Error as error:
-        raise ValueError(f"{path} line {reader.line_num}: not CSV ({error})") from None
+    """Name -> label, from a CSV with the columns `path` and `label`. Raises `ValueError` naming file and line."""
+    listing = read_csv(path)
+    return {name: listing.class_names[k] for name, k in zip(listing.paths, listing.classes.tolist(), strict=True)}
 
 
 def score_labelled(features: Features, labels: Mapping[str, str], *, kappas: Sequence[int] = KAPPAS) -> dict:
@@ -89,7 +53,7 @@ def score_labelled(features: Features, labels: Mapping[str, str], *, kappas: Seq
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         some_queries = queries[start : start + QUERIES_AT_ONCE]
         wanted = [np.array(members[labels[features.names[index]]]) for index in some_queries]
-        found = standings(np.asarray(features.vectors[some_queries]), [features.vectors], wanted)
+        found = standings(features.vectors[some_queries], features.vectors, wanted)
         for index, images, standing in zip(some_queries, wanted, found, strict=True):
             own = images == index
             ranks = without_junk(standing.ranks[~own], standing.ranks[own])
@@ -110,17 +74,20 @@ def score_labelled(features: Features, labels: Mapping[str, str], *, kappas: Seq
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Score an extracted set whose images have labels, leaving one out.")
     parser.add_argument("index", type=Path, metavar="INDEX", help="OUT_DIR/features/<set>, or <set>/<collection>")
-    parser.add_argument("--labels", type=Path, metavar="CSV", help="columns name,label (default: folders are labels)")
+    parser.add_argument("--labels", type=Path, metavar="CSV", help="columns path,label (default: folders are labels)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the score here")
     args = parser.parse_args(argv)
     folder, collection = find_collection(args.index)
     features = load(folder, collection)
     check_length(features, f"{folder}: {collection}")
-    score = score_labelled(features, read_labels(args.labels) if args.labels else labels_of_folders(features.names))
+    labels = read_labels(args.labels) if args.labels else labels_of_folders(features.names)
+    absent = sorted(labels.keys() - set(features.names))
+    if absent:
+        print(f"note: {args.labels} has labels of images that are not in the set: {some(absent)}", file=sys.stderr)
+    score = score_labelled(features, labels)
     print(f"{folder}: {score['images']} images, {score['labels']} labels")
     print(f"{score['queries']} queries; {score['alone']} images are alone under their label and are not asked for\n")
     for key in (*(f"recall@{k}" for k in KAPPAS), "mAP", "mAP@R"):
         print(f"  {key:<10}{score[key]:>8.2f}")
     if args.json:
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(score | {"provenance": features.provenance}, indent=1).encode() + b"\n")
+        write_json(args.json, score | {"provenance": features.provenance})

@@ -1,7 +1,6 @@
 """Search of an extracted set by photographs: the command, and what it does as functions."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +9,17 @@ import numpy as np
 from yacs.config import CfgNode
 
 from core.config import load_cfg
-from core.environment import atomic_write, entry_point, sha256_file
-from datasets.image import ImageError, decode
+from core.environment import entry_point, sha256_file, write_json
 from evaler import faiss_index
-from evaler.collections_on_disk import find_collection, split_settings
+from evaler.arguments import find_collection, split_settings
 from evaler.extract import load_network
 from evaler.extraction_job import limits_of
-from evaler.features import LIST_KEYS, MACHINE_KEYS, Features, FeaturesError, differing_keys, load
-from evaler.multiscale import describe_batch, reduce_to_fit
+from evaler.features import Features, FeaturesError, load
+from evaler.gpu_jpeg import nvjpeg
+from evaler.image_list import ImageList, LooseFiles
+from evaler.multiscale import describe_batch
+from evaler.pictures import Pictures
+from evaler.provenance import LIST_KEYS, MACHINE_KEYS, differing_keys
 from evaler.top_k import top_k
 
 # What may differ between a query and what is searched: neither changes what a descriptor means.
@@ -35,20 +37,13 @@ def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> n
     if differing:
         told = ", ".join(f"{key} {features.provenance.get(key)} there, {provenance.get(key)} here" for key in differing)
         raise FeaturesError(f"the set was described in another way than the query would be: {told}")
-    limits = limits_of(cfg)
-    vectors = []
-    for path in paths:
-        image = decode(path, max_pixels=limits.max_pixels)
-        height, width = image.shape[:2]
-        try:
-            limits.check(width, height)
-        except ValueError as error:
-            raise ImageError(f"{path}: {error}") from None
-        image = reduce_to_fit(image, scales=limits.scales, max_pixels=limits.max_level_pixels)
-        vectors.append(
-            describe_batch(network, image[None], scales=limits.scales, max_pixels=limits.max_level_pixels)[0]
-        )
-    return np.stack(vectors)
+    names, limits = [str(path) for path in paths], limits_of(cfg)
+    images = ImageList(names, LooseFiles("", names))
+    pictures = Pictures(images, limits, on_gpu=nvjpeg() if cfg.INFER.GPU_JPEG else None)
+    sizes = {"scales": limits.scales, "max_pixels": limits.max_level_pixels}
+    return np.concatenate(
+        [describe_batch(network, pictures.picture(index).pixels[None], **sizes) for index in range(len(images))]
+    )
 
 
 def with_weights_of(path: str, settings: list[str], features: Features) -> CfgNode:
@@ -100,5 +95,4 @@ def main(argv: list[str] | None = None) -> None:
         for number, entry in enumerate(results[-1]["found"], start=1):
             print(f"  {number:>4}  {entry['score']:.4f}  {entry['name']}")
     if args.json:
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(results, indent=1).encode() + b"\n")
+        write_json(args.json, results)

@@ -84,15 +84,32 @@ class Pictures(Dataset):
         self.images, self.limits, self.on_gpu = images, limits, on_gpu
 
     def __getitem__(self, index: int) -> Picture | Broken | Encoded:
-        try:
-            if self.on_gpu is not None:
+        if self.on_gpu is not None:
+            try:
                 data = self.images.read(index)
                 file = ImageFile(self.images.source(index), data, max_pixels=self.limits.max_pixels)
-                if file.orientation is not None:
-                    return Encoded(index, torch.frombuffer(bytearray(data), dtype=torch.uint8), file.orientation)
-            return self._picture(index, read_cropped(self.images, index, max_pixels=self.limits.max_pixels))
+            except ImageError as error:
+                return self._broken(index, error)
+            if file.orientation is not None:
+                return Encoded(index, torch.frombuffer(bytearray(data), dtype=torch.uint8), file.orientation)
+        return self._decoded_here(index)
+
+    def picture(self, index: int) -> Picture:
+        """Image i, decoded here and now. Raises `ImageError` if it cannot be described."""
+        item = self.finished(self[index])
+        if isinstance(item, Broken):
+            raise ImageError(f"{self.images.source(index)}: {item.reason}")
+        return item
+
+    def _decoded_here(self, index: int) -> Picture | Broken:
+        try:
+            image = read_cropped(self.images, index, max_pixels=self.limits.max_pixels)
         except ImageError as error:
-            return Broken(index, str(error).removeprefix(f"{self.images.source(index)}: "))
+            return self._broken(index, error)
+        return self._picture(index, image)
+
+    def _broken(self, index: int, error: ImageError) -> Broken:
+        return Broken(index, str(error).removeprefix(f"{self.images.source(index)}: "))
 
     def finished(self, item: Picture | Broken | Encoded) -> Picture | Broken:
         """The item itself, or, if it is `Encoded`, the `Picture` (on the GPU) or `Broken` of it."""
@@ -101,10 +118,10 @@ class Pictures(Dataset):
         assert self.on_gpu is not None
         try:
             stored = self.on_gpu(item.data)
+        except torch.OutOfMemoryError:  # which decoder makes the pixels must not depend on it
+            raise
         except RuntimeError:  # nvJPEG does not know every kind: libjpeg decodes this one, or says what is wrong
-            plain = Pictures(self.images, self.limits)[item.index]
-            assert not isinstance(plain, Encoded)
-            return plain
+            return self._decoded_here(item.index)
         image = crop(upright_bgr(stored, item.orientation), self.images.box(item.index))
         if 0 in image.shape:
             return Broken(item.index, f"the query's box {self.images.box(item.index)} lies outside the picture")

@@ -10,9 +10,13 @@ from yacs.config import CfgNode
 
 from evaler import whitening
 from evaler.expansion import augment, expand
-from evaler.features import LIST_KEYS, MACHINE_KEYS, FeaturesError, differing_keys
-from evaler.rows import Mapped, Stacked
+from evaler.features import Features, FeaturesError
+from evaler.provenance import differing_keys
+from evaler.rows import Mapped
 from evaler.whitening import Whitening
+from revisitop.scores import Rows
+
+MANY = 200_000  # images
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,31 +51,27 @@ class PostProcessing:
             found.append(f"QE {self.qe} alpha {self.qe_alpha:g}")
         return found
 
-    def check(self, provenance: dict, dim: int) -> None:
+    def check(self, database: Features) -> None:
         """Raise `FeaturesError` if the whitening was learned on descriptors that were made in another way."""
         if self.whitening is None:
             return
-        differing = differing_keys(
-            self.whitening.learned_on.get("provenance", {}),
-            {key: value for key, value in provenance.items() if key != "crop_query"},
-            but=(*LIST_KEYS, *MACHINE_KEYS),
-        )
-        if differing or len(self.whitening.mean) != dim:
-            what = ", ".join(differing) or f"dimension, {len(self.whitening.mean)} and {dim}"
+        told, dim = self.whitening.learned_on.get("provenance", {}), len(self.whitening.mean)
+        differing = differing_keys(told, database.provenance, but=whitening.MAY_DIFFER)
+        if dim != database.vectors.shape[1]:
+            differing.append(f"dimension, {dim} and {database.vectors.shape[1]}")
+        if differing:
+            what = ", ".join(differing)
             raise FeaturesError(f"SCORE.WHITENING was learned on descriptors made in another way (differs in {what})")
 
-    def __call__(self, queries: np.ndarray, parts: Sequence) -> tuple[np.ndarray, list]:
-        """Descriptors [Q, D] and [N, D] in parts -> queries [Q, E] and parts; memory grows with N only by DBA."""
-        if not self:
-            return queries, list(parts)
-        database = Stacked(parts)
+    def __call__(self, queries: np.ndarray, database: Rows) -> tuple[np.ndarray, Rows]:
+        """Descriptors [Q, D] and [N, D] -> [Q, E] and [N, E]; memory grows with N only by DBA."""
         if self.whitening:
             queries = self.whitening(np.asarray(queries, dtype=np.float32))
             database = Mapped(database, self.whitening, self.whitening.dim)
         if self.dba:
-            if len(database) > 200_000:
-                print(f"note: SCORE.DBA compares {len(database):,} images with each other: hours", file=sys.stderr)
+            if database.shape[0] > MANY:
+                print(f"note: SCORE.DBA compares {database.shape[0]:,} images with each other: hours", file=sys.stderr)
             database = augment(database, neighbours=self.dba, alpha=self.dba_alpha)
         if self.qe:
             queries = expand(queries, database, neighbours=self.qe, alpha=self.qe_alpha)
-        return queries, [database]
+        return queries, database

@@ -17,7 +17,7 @@ def average_precision_at(found: Sequence[str], relevant: Collection[str], k: int
     """AP@k of Google Landmarks v2 retrieval: precision at each relevant image among the first k, summed, over
     min(number of relevant images, k). An image found twice counts once, and its second place is lost.
 
-    Weyand et al., Google Landmarks Dataset v2, CVPR 2020, section 5.1. Raises ValueError if nothing is relevant.
+    Weyand et al., Google Landmarks Dataset v2, CVPR 2020. Raises ValueError if nothing is relevant.
     """
     if not relevant:
         raise ValueError("a query without relevant images has no average precision")
@@ -48,7 +48,7 @@ def global_average_precision(predictions: Mapping[str, Prediction], landmarks: M
 
     sum of precision at each right prediction, over the number of queries with a landmark. Queries without one
     (`landmarks[query]` is empty) are never right, so that a confident prediction for them costs precision.
-    Weyand et al., CVPR 2020, section 5.2. Raises ValueError for a query that `landmarks` does not know, for a
+    Weyand et al., CVPR 2020. Raises ValueError for a query that `landmarks` does not know, for a
     confidence that is not finite, and if no query has a landmark.
     """
     unknown = predictions.keys() - landmarks.keys()
@@ -82,7 +82,7 @@ def average_precision(ranks: np.ndarray) -> float:
 def average_precision_at_r(ranks: np.ndarray) -> float:
     """The same with positives beyond place R counted as not found; R is the number of positives.
 
-    Musgrave et al., A Metric Learning Reality Check, ECCV 2020, section 3.2 (MAP@R).
+    Musgrave et al., A Metric Learning Reality Check, ECCV 2020 (MAP@R).
     """
     first = ranks[ranks < len(ranks)]
     return float(((np.arange(len(first)) + 1) / (first + 1)).sum() / len(ranks))

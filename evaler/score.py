@@ -1,6 +1,5 @@
 """From descriptors and ground truth to the table of a paper, on the terminal and as JSON."""
 
-import json
 import math
 import os
 import sys
@@ -11,21 +10,13 @@ import numpy as np
 from yacs.config import CfgNode
 
 from core.config import load_cfg_from_args
-from core.environment import atomic_write, entry_point, sha256_file
+from core.environment import entry_point, sha256_file, write_json
 from evaler.card import line, make_card, network_name, published, with_distractors
-from evaler.features import (
-    LIST_KEYS,
-    MACHINE_KEYS,
-    Features,
-    FeaturesError,
-    align,
-    check_length,
-    differing_keys,
-    load,
-    read_manifest,
-)
+from evaler.features import Features, align, check_length, load, read_manifest
 from evaler.images import DISTRACTORS
 from evaler.post_processing import PostProcessing
+from evaler.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, without
+from evaler.rows import Stacked
 from revisitop import groundtruth, protocol
 from revisitop.groundtruth import GroundTruth
 
@@ -55,7 +46,7 @@ def score_features(
     """
     folder = Path(folder)
     queries, database = load(folder, "queries"), load(folder, "database")
-    _check_alike(f"{folder}: queries", queries, "database", database, but=LIST_KEYS)
+    check_alike(f"{folder}: queries", queries, "database", database, but=LIST_KEYS)
     aligned = []
     for collection, features, names in (
         ("queries", queries, ground_truth.qimlist),
@@ -65,11 +56,10 @@ def score_features(
         check_length(features, source)
         aligned.append(np.asarray(align(features, names, source=source), np.float32))
     if distractors is not None:
-        _check_alike(f"{folder}: database", database, DISTRACTORS, distractors, but=DISTRACTORS_MAY_DIFFER)
-    parts = [aligned[1]] if distractors is None else [aligned[1], distractors.vectors]
-    post.check(database.provenance, database.vectors.shape[1])
-    vectors, parts = post(aligned[0], parts)
-    fractions = protocol.evaluate(vectors, parts, ground_truth, kappas)
+        check_alike(f"{folder}: database", database, DISTRACTORS, distractors, but=DISTRACTORS_MAY_DIFFER)
+    gallery = Stacked([aligned[1], *([] if distractors is None else [distractors.vectors])])
+    post.check(database)
+    fractions = protocol.evaluate(*post(aligned[0], gallery), ground_truth, kappas)
     result: dict[str, dict] = {
         setting: {
             "mAP": _percent(values["mAP"]),
@@ -79,24 +69,16 @@ def score_features(
         }
         for setting, values in fractions.items()
     }
-    result["provenance"] = {key: value for key, value in database.provenance.items() if key not in LIST_KEYS}
+    result["provenance"] = without(database.provenance, LIST_KEYS)
     return result
-
-
-def _check_alike(name: str, one: Features, other_name: str, other: Features, *, but: Sequence[str]) -> None:
-    differing = differing_keys(one.provenance, other.provenance, but=but)
-    if differing:
-        raise FeaturesError(f"{name} and {other_name} differ in {', '.join(differing)}; extract both in the same way")
-    dims = one.vectors.shape[1], other.vectors.shape[1]
-    if dims[0] != dims[1]:
-        raise FeaturesError(f"{name} have dimension {dims[0]}, {other_name} {dims[1]}; extract both in the same way")
 
 
 def table(score: dict) -> str:
     """The score of a set, as `score_set` returns it, as text for a terminal."""
     provenance = score["provenance"]
     counts = f"{score['queries']} queries{_cropped(provenance)}, {score['database']} database images"
-    name = f"{score['dataset']}{with_distractors(score.get('distractors', 0))}"
+    card = score.get("card")
+    name = f"{score['dataset']}{with_distractors(card['distractors']) if card else ''}"
     origin = f"weights {network_name(provenance.get('weights'), provenance.get('weights_sha256'))}"
     if "scales" in provenance:
         origin += f", scales {' '.join(f'{scale:g}' for scale in provenance['scales'])}"
@@ -113,7 +95,7 @@ def table(score: dict) -> str:
             lines.append(
                 f"          equal scores: {low:.2f} to {high:.2f}, by their order (here the smaller index first)"
             )
-    if card := score.get("card"):
+    if card:
         found = published(card)
         if found:
             how = "cropped" if card["queries_cropped"] else "not cropped"
@@ -139,34 +121,32 @@ def score_set(
     gnd_path = Path(data_dir) / name / f"gnd_{name}.pkl"
     ground_truth = groundtruth.load(gnd_path)
     folder = Path(out_dir) / "features" / name
-    digest = sha256_file(gnd_path)
     scores = score_features(folder, ground_truth, distractors=distractors, post=post)
-    scored = [(folder, "queries"), (folder, "database")]
+    manifests = [read_manifest(folder, "database"), read_manifest(folder, "queries")]
     if distractors is not None:
-        scored.append((folder.parent / DISTRACTORS, "distractors"))
+        manifests.append(read_manifest(folder.parent / DISTRACTORS, "distractors"))
+    card = make_card(
+        name,
+        manifests[0],
+        queries=len(ground_truth.qimlist),
+        distractors=len(distractors.names) if distractors else 0,
+        ground_truth_sha256=sha256_file(gnd_path),
+        post_processing=post.steps([manifest["sha256"]["npy"] for manifest in manifests]),
+    )
     score = {
         "unit": "percent",
         "dataset": name,
         "kappas": list(KAPPAS),
         "queries": len(ground_truth.qimlist),
         "database": len(ground_truth.imlist),
-        "distractors": len(distractors.names) if distractors else 0,
         **scores,
         "query_names": list(ground_truth.qimlist),
-        "ground_truth_sha256": digest,
-        "card": make_card(
-            name,
-            load(folder, "database"),
-            distractors,
-            queries=len(ground_truth.qimlist),
-            ground_truth_sha256=digest,
-            post_processing=post.steps([read_manifest(*place)["sha256"]["npy"] for place in scored]),
-        ),
+        "ground_truth_sha256": card["ground_truth_sha256"],
+        "card": card,
     }
     suffix = f"{'_with_distractors' if distractors else ''}{'_processed' if post else ''}"
     path = Path(out_dir) / "scores" / f"{name}{suffix}.json"
-    with atomic_write(path) as file:
-        file.write(json.dumps(score, indent=1, allow_nan=False).encode() + b"\n")
+    write_json(path, score)
     return score, path
 
 

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from core.environment import atomic_write, entry_point
-from evaler.collections_on_disk import find_collection
-from evaler.features import LIST_KEYS, MACHINE_KEYS, check_length, chunks, load, read_manifest
+from evaler.arguments import find_collection
+from evaler.features import check_length, chunks, load, read_manifest
+from evaler.provenance import LIST_KEYS, MACHINE_KEYS, without
 
 SMALLEST = 1e-9  # variance, of the largest one: directions with less hold rounding errors only
+# Between the descriptors it was learned on and those it is used for.
+MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
 _ARRAYS = ("mean", "projection", "learned_on")
 
 
@@ -106,9 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         "collection": collection,
         "images": len(features.names),
         "npy_sha256": read_manifest(folder, collection)["sha256"]["npy"],
-        "provenance": {
-            k: v for k, v in features.provenance.items() if k not in (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
-        },
+        "provenance": without(features.provenance, MAY_DIFFER),
     }
     write(args.output, Whitening(mean, projection, told))
     print(

@@ -10,7 +10,8 @@ import numpy as np
 
 from revisitop.average_precision import average_precision, mean_over_queries
 from revisitop.groundtruth import LABELS, GroundTruth, Query
-from revisitop.streamed_ranks import Rows, Standing, standings
+from revisitop.scores import Rows
+from revisitop.streamed_ranks import Standing, standings
 
 # Setting -> (labels that count as positives, labels taken out of the ranking).
 SETTINGS = {
@@ -22,14 +23,14 @@ SETTINGS = {
 
 def evaluate(
     queries: np.ndarray,
-    database: Rows | Sequence[Rows],
+    database: Rows,
     ground_truth: GroundTruth | Sequence[Query | Mapping],
     kappas: Sequence[int] = (1, 5, 10),
 ) -> dict[str, dict]:
     """Score descriptors by their dot products.
 
     queries: [Q, D]. database: [N, D], the images of the ground truth in its order and any number of distractors after
-    them; or a list of such arrays, one after another. They are read once, in chunks: memory does not grow with N.
+    them. It is read in chunks: memory does not grow with N.
     ground_truth: of the Q queries, as read by `groundtruth.load` or as the list `gnd` of the official files.
     Returns for "E", "M" and "H": `mAP` (a fraction, NaN if no query has positives), `mP@k` (a list, one for each k of
     `kappas`), `aps` (AP of each query [Q], NaN for those without positives), and `mAP_bracket` (the least and the
@@ -38,20 +39,17 @@ def evaluate(
     """
     entries = ground_truth.gnd if isinstance(ground_truth, GroundTruth) else ground_truth
     labels = [{label: _indices(entry, label) for label in LABELS} for entry in entries]
-    queries, parts = np.asarray(queries), _parts(database)
-    fits = [len(part.shape) == 2 and part.shape[1:] == queries.shape[1:] for part in parts]
-    if queries.ndim != 2 or not fits or not all(fits):
-        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-        raise ValueError(f"queries {queries.shape} and database {shapes} are not [Q, D] and [N, D]")
+    queries, count = np.asarray(queries), database.shape[0]
+    if queries.ndim != 2 or len(database.shape) != 2 or queries.shape[1] != database.shape[1]:
+        raise ValueError(f"queries {queries.shape} and database {database.shape} are not [Q, D] and [N, D]")
     if len(queries) != len(labels):
         raise ValueError(f"{len(queries)} query descriptors for a ground truth of {len(labels)} queries")
-    count = sum(part.shape[0] for part in parts)
     for index, query in enumerate(labels):
         for label, images in query.items():
             if len(images) and not 0 <= images.min() <= images.max() < count:
                 raise ValueError(f"query {index}: {label} holds an index outside the {count} database images")
 
-    found = standings(queries, parts, [np.concatenate(list(query.values())) for query in labels])
+    found = standings(queries, database, [np.concatenate(list(query.values())) for query in labels])
     kinds = [np.repeat(LABELS, [len(query[label]) for label in LABELS]) for query in labels]
     result = {}
     for setting, (good, bad) in SETTINGS.items():
@@ -63,11 +61,6 @@ def evaluate(
         bracket = _bracket(found, positives, junk)
         result[setting] = {"mAP": mean, "mP@k": precisions.tolist(), "aps": aps, "mAP_bracket": bracket}
     return result
-
-
-def rank_images(queries: np.ndarray, database: Rows | Sequence[Rows], wanted: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Ranks, from 0, of the images `wanted[q]` (database indices [W]) in the ranking of query q; a list of [W]."""
-    return [standing.ranks for standing in standings(queries, _parts(database), wanted)]
 
 
 def _bracket(found: Sequence[Standing], good: Sequence[np.ndarray], bad: Sequence[np.ndarray]) -> list[float]:
@@ -90,10 +83,6 @@ def _bracket(found: Sequence[Standing], good: Sequence[np.ndarray], bad: Sequenc
         before = np.arange(len(above))
         aps.append(tuple(average_precision(ranks + before, total) for ranks in (negatives + tied, negatives)))
     return np.mean(aps, axis=0).tolist() if aps else [np.nan, np.nan]
-
-
-def _parts(database: Rows | Sequence[Rows]) -> list[Rows]:
-    return list(database) if isinstance(database, list | tuple) else [database]
 
 
 def _indices(entry: Query | Mapping, label: str) -> np.ndarray:

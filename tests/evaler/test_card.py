@@ -1,10 +1,8 @@
 """The result card: what it says, and when it stands beside published numbers."""
 
-import numpy as np
 import pytest
 
 from evaler.card import COMPLETE, OFFICIAL, line, make_card, published, with_distractors
-from evaler.features import Features
 
 PROVENANCE = {
     "weights": "/w/model.pyth",
@@ -20,15 +18,10 @@ PROVENANCE = {
 }
 
 
-def features(count, **provenance):
-    names = [str(i) for i in range(count)]
-    return Features(names, np.zeros((count, 8), np.float32), np.ones((count, 2), np.int32), PROVENANCE | provenance)
-
-
 def card(name="roxford5k", distractors=0, sha256=OFFICIAL["roxford5k"], post=(), **provenance):
-    more = {"queries": 70, "ground_truth_sha256": sha256, "post_processing": post}
-    made = make_card(name, features(3, **provenance), None, **more)
-    return made | {"distractors": distractors}
+    manifest = {"provenance": PROVENANCE | provenance, "count": 3, "dim": 8, "dtype": "float32"}
+    more = {"queries": 70, "distractors": distractors, "ground_truth_sha256": sha256, "post_processing": post}
+    return make_card(name, manifest, **more)
 
 
 def test_it_holds_everything_a_reader_has_to_know():
@@ -38,8 +31,14 @@ def test_it_holds_everything_a_reader_has_to_know():
     )
     text = line(card(crop_query=False, sha256="0" * 64, post=["PCA 256", "aQE 3"]))
     assert "queries not cropped" in text and "NOT the official labels" in text and "PCA 256 + aQE 3" in text
-    bare = make_card("mine", Features([], np.zeros((0, 4), np.float16), np.zeros((0, 2), np.int32), {}), features(5),
-                     queries=1, ground_truth_sha256="1" * 64)  # fmt: skip
+    bare = make_card(
+        "mine",
+        {"provenance": {}, "count": 0, "dim": 4, "dtype": "float16"},
+        queries=1,
+        distractors=5,
+        ground_truth_sha256="1" * 64,
+        post_processing=(),
+    )
     assert bare["distractors"] == 5 and bare["ground_truth_official"] is None
     assert "network unknown | weights unknown | crop unknown | scales unknown | precision unknown | 4-d" in line(bare)
 

@@ -13,10 +13,16 @@ from tests.evaler.test_labelled_protocol import angles, features
 from tests.small_run import ROOT, child_environment
 
 QUERIES = features(["a/a/a/aaa1.jpg", "b/b/b/bbb1.jpg", "c/c/c/ccc1.jpg", "d/d/d/ddd1.jpg"], angles(0, 40, 80, 85))
-INDEX = features([f"x/x/x/xxx{i}.jpg" for i in range(4)], angles(5, 30, 45, 88))
-RETRIEVAL = "id,images,Usage\naaa1,xxx0 xxx2,Public\nbbb1,xxx1,Private\nccc1,None,Ignored\nddd1,xxx3 gone,Private\n"
+INDEX = features([f"0/0/0/{i:016d}.jpg" for i in range(4)], angles(5, 30, 45, 88))
+X = [f"{i:016d}" for i in range(4)]  # ids of the index images
+RETRIEVAL = f"""id,images,Usage
+aaa1,{X[0]} {X[2]},Public
+bbb1,{X[1]},Private
+ccc1,None,Ignored
+ddd1,{X[3]} gone,Private
+"""
 RECOGNITION = "id,landmarks,Usage\naaa1,7,Public\nbbb1,8 9,Public\nccc1,,Public\nddd1,,Private\n"
-LABELS = {"xxx0": "7", "xxx1": "7", "xxx2": "9", "xxx3": "1"}
+LABELS = dict(zip(X, "7791", strict=True))
 
 
 def solution(tmp_path, text, column):
@@ -25,7 +31,7 @@ def solution(tmp_path, text, column):
 
 
 def test_retrieval(tmp_path):
-    """aaa1 at 0: xxx0 1 2 3; bbb1 at 40: xxx2 xxx1; ddd1 at 85: xxx3, and one that is not in the index."""
+    """aaa1 at 0: X[0] 1 2 3; bbb1 at 40: X[2] X[1]; ddd1 at 85: X[3], and one that is not in the index."""
     found = solution(tmp_path, RETRIEVAL, "images")
     assert found["Private"].keys() == {"bbb1", "ddd1"}
     scores = retrieval(QUERIES, INDEX, found)
@@ -41,8 +47,8 @@ def test_recognition(tmp_path):
     scores = recognition(QUERIES, INDEX, LABELS, found, voting=4)
     sums = [np.cos(np.radians(q - 5)) + np.cos(np.radians(q - 30)) for q in (0, 40)]
     assert scores["Public"] == pytest.approx(100 * (1 if sums[0] > sums[1] else 1 / 2) / 2)
-    with pytest.raises(ValueError, match="no landmark of xxx3, of 4 training images"):
-        recognition(QUERIES, INDEX, {key: value for key, value in LABELS.items() if key != "xxx3"}, found)
+    with pytest.raises(ValueError, match=f"no landmark of {X[3]}, of 4 training images"):
+        recognition(QUERIES, INDEX, {key: value for key, value in LABELS.items() if key != X[3]}, found)
 
 
 def test_votes():
@@ -52,7 +58,7 @@ def test_votes():
 
 
 def test_a_query_without_descriptor(tmp_path):
-    found = solution(tmp_path, RETRIEVAL + "eee1,xxx0,Public\n", "images")
+    found = solution(tmp_path, RETRIEVAL + f"eee1,{X[0]},Public\n", "images")
     with pytest.raises(FeaturesError, match="no descriptor of the query eee1, of 2 in the solution"):
         retrieval(QUERIES, INDEX, found)
 
@@ -60,11 +66,11 @@ def test_a_query_without_descriptor(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id,Usage\na,Public\n", "line 1: needs the column images once"),
+        ("id,Usage\na,Public\n", "line 1: the columns are .id,Usage.; expected id,images,Usage"),
         ("id,images,Usage\na,x,Public\na,y,Private\n", "line 3: the query 'a' is empty or there twice"),
         ("id,images,Usage\n,x,Public\n", "line 2: the query '' is empty"),
         ("id,images,Usage\na,x,public\n", "line 2: Usage 'public' is not"),
-        ("id,images,Usage\na,,Public\n", "line 2: a has no images"),
+        ("id,images,Usage\na,,Public\n", "line 2: 'a' has no images"),
         ("id,images,Usage\na,x,Ignored\n", "no query that counts"),
     ],
 )
@@ -74,16 +80,35 @@ def test_solutions_that_cannot_be_used(tmp_path, text, message):
 
 
 def test_training_labels(tmp_path):
-    (tmp_path / "clean.csv").write_text("landmark_id,images\n7,a b\n8,c\n")
-    (tmp_path / "train.csv").write_text("id,url,landmark_id\na,http,7\nb,http,7\nc,http,8\n")
+    """Both files of the data set; landmark 007 is 7, as in the solution."""
+    a, b, c = (f"{i:016d}" for i in range(3))
+    (tmp_path / "clean.csv").write_text(f"landmark_id,images\n7,{a} {b}\n008,{c}\n")
+    (tmp_path / "train.csv").write_text(f"id,url,landmark_id\n{a},http,7\n{b},http,7\n{c},http,8\n")
     for name in ("clean.csv", "train.csv"):
-        assert read_train_labels(tmp_path / name) == {"a": "7", "b": "7", "c": "8"}
-    (tmp_path / "bad.csv").write_text("landmark_id,images\n7,a b\n8,a\n")
-    with pytest.raises(ValueError, match="line 3: a is under 7 already"):
-        read_train_labels(tmp_path / "bad.csv")
-    (tmp_path / "bad.csv").write_text("landmark_id,url\n7,a\n")
-    with pytest.raises(ValueError, match="needs the column images or id"):
-        read_train_labels(tmp_path / "bad.csv")
+        assert read_train_labels(tmp_path / name) == {a: "7", b: "7", c: "8"}
+    found = solution(tmp_path, "id,landmarks,Usage\nq,007 12,Public\n", "landmarks")
+    assert found["Public"] == {"q": {"7", "12"}}
+    with pytest.raises(ValueError, match="line 2: 'x' is not a landmark id"):
+        solution(tmp_path, "id,landmarks,Usage\nq,x,Public\n", "landmarks")
+
+
+def test_a_landmark_with_very_many_images(tmp_path):
+    """More than the 128 KiB that Python's csv reads by default."""
+    many = " ".join(f"{i:016d}" for i in range(9000))
+    found = solution(tmp_path, f"id,images,Usage\nq,{many},Public\n", "images")
+    assert len(found["Public"]["q"]) == 9000
+
+
+def test_two_queries_of_one_id(tmp_path):
+    twins = features(["x/aaa1.jpg", "y/aaa1.jpg"], angles(0, 1))
+    with pytest.raises(FeaturesError, match="x/aaa1.jpg and y/aaa1.jpg have one id"):
+        retrieval(twins, INDEX, solution(tmp_path, RETRIEVAL, "images"))
+
+
+def test_recognition_without_training_images(tmp_path):
+    nothing = features([], np.empty((0, 2)))
+    with pytest.raises(ValueError, match="no training images"):
+        recognition(QUERIES, nothing, {}, solution(tmp_path, RECOGNITION, "landmarks"))
 
 
 def test_the_command(tmp_path, capsys):
@@ -91,7 +116,7 @@ def test_the_command(tmp_path, capsys):
     save(tmp_path / "index", "images", INDEX)
     (tmp_path / "r.csv").write_text(RETRIEVAL)
     (tmp_path / "g.csv").write_text(RECOGNITION)
-    (tmp_path / "l.csv").write_text("landmark_id,images\n7,xxx0 xxx1\n9,xxx2\n1,xxx3\n")
+    (tmp_path / "l.csv").write_text(f"landmark_id,images\n7,{X[0]} {X[1]}\n9,{X[2]}\n1,{X[3]}\n")
     command = [sys.executable, str(ROOT / "evaler" / "evaluate_gldv2.py"), "retrieval", "r.csv", "test", "index"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=child_environment(), timeout=60)
     assert (done.returncode, done.stderr) == (

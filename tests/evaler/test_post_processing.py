@@ -1,8 +1,4 @@
-"""Whitening, augmentation, expansion: against slower versions, by known values, and through the commands."""
-
-import json
-import subprocess
-import sys
+"""Whitening, augmentation, expansion: against slower versions and by known values."""
 
 import numpy as np
 import pytest
@@ -10,13 +6,10 @@ import pytest
 from core.config import load_cfg
 from evaler import whitening
 from evaler.expansion import augment, expand
-from evaler.features import FeaturesError, save
+from evaler.features import Features, FeaturesError
 from evaler.post_processing import PostProcessing
 from evaler.rows import Mapped, Stacked
-from evaler.score import main
 from evaler.whitening import Whitening, learn
-from tests.evaler.test_score import ROOT, database, evaluate, place  # noqa: F401
-from tests.small_run import child_environment
 
 
 def unit(rows):
@@ -121,9 +114,9 @@ def test_stacked_rows_are_those_of_the_whole():
     parts = [SKEWED[:7], SKEWED[7:7], SKEWED[7:50].astype(np.float16), SKEWED[50:60]]
     whole = np.concatenate([part.astype(np.float32) for part in parts])
     stacked = Stacked(parts)
-    assert stacked.shape == (60, 6) and len(stacked) == 60
-    for start in range(0, 61, 3):
-        for stop in (start, start + 1, start + 9, start + 99):
+    assert stacked.shape == (60, 6)
+    for start in range(0, 60, 3):
+        for stop in (start + 1, start + 9, start + 99):
             np.testing.assert_array_equal(stacked[start:stop], whole[start:stop])
     index = RNG.integers(0, 60, 40)
     np.testing.assert_array_equal(stacked[index], whole[index])
@@ -137,15 +130,16 @@ def test_stacked_rows_are_those_of_the_whole():
 
 def test_nothing_switched_on_changes_nothing():
     post = PostProcessing.of(load_cfg(None, []))
-    queries, parts = post(SKEWED[:2], [SKEWED[2:]])
-    assert not post and post.steps([]) == [] and queries is not None
-    np.testing.assert_array_equal(parts[0], SKEWED[2:])
+    queries, database = post(SKEWED[:2], SKEWED[2:])
+    assert not post and post.steps([]) == []
+    np.testing.assert_array_equal(queries, SKEWED[:2])
+    np.testing.assert_array_equal(database, SKEWED[2:])
 
 
 def test_the_order_is_whitening_augmentation_expansion():
     learned = Whitening(*learn(SKEWED, dim=4), {"set": "x", "npy_sha256": "1"})
     post = PostProcessing(learned, dba=2, dba_alpha=1, qe=3, qe_alpha=0)
-    queries, (moved,) = post(SKEWED[:5], [SKEWED[5:40], SKEWED[40:90]])
+    queries, moved = post(SKEWED[:5], Stacked([SKEWED[5:40], SKEWED[40:90]]))
     images = augment(learned(SKEWED[5:90]), neighbours=2, alpha=1)
     np.testing.assert_allclose(moved, images, atol=1e-6)
     np.testing.assert_allclose(queries, expand(learned(SKEWED[:5]), images, neighbours=3, alpha=0), atol=1e-6)
@@ -155,34 +149,12 @@ def test_the_order_is_whitening_augmentation_expansion():
 
 def test_a_whitening_of_other_descriptors_is_refused():
     post = PostProcessing(Whitening(*learn(SKEWED), {"provenance": {"weights_sha256": "a"}}))
-    post.check({"weights_sha256": "a", "crop_query": True, "list_sha256": "l", "torch": "2"}, 6)
+
+    def described(dim=6, **provenance):
+        return Features(["x"], np.ones((1, dim), np.float32), np.ones((1, 2), np.int32), provenance)
+
+    post.check(described(weights_sha256="a", crop_query=True, list_sha256="l", torch="2"))
     with pytest.raises(FeaturesError, match="differs in weights_sha256"):
-        post.check({"weights_sha256": "b"}, 6)
+        post.check(described(weights_sha256="b"))
     with pytest.raises(FeaturesError, match="differs in dimension, 6 and 8"):
-        post.check({"weights_sha256": "a"}, 8)
-
-
-def test_the_commands(place, capsys):  # noqa: F811
-    """Learned on the set itself: allowed, and told. The plain score stays."""
-    plain = evaluate(place).stdout
-    command = [sys.executable, str(ROOT / "evaler" / "whiten.py"), "out/features/tiny", "w.npz", "--dim", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=child_environment(), timeout=60)
-    assert (done.returncode, done.stderr) == (0, "") and "1 of 3 dimensions, by 6 images" in done.stdout
-    settings = ["SCORE.WHITENING", str(place / "w.npz"), "SCORE.QE", "2", "SCORE.DBA", "1"]
-    main(["--cfg", str(place / "cfg.yaml"), *settings])
-    out = capsys.readouterr().out
-    assert "PCA whitening to 1 (learned on tiny, THE SCORED SET ITSELF) + DBA 1 alpha 3 + QE 2 alpha 3" in out
-    processed = json.loads((place / "out" / "scores" / "tiny_processed.json").read_text())
-    assert len(processed["card"]["post_processing"]) == 3
-    assert evaluate(place).stdout == plain
-
-    save(place / "out" / "features" / "revisitop1m", "distractors", database())
-    subprocess.run([*command[:2], "out/features/revisitop1m", *command[3:]], cwd=place, timeout=60, check=True)
-    main(["--cfg", str(place / "cfg.yaml"), *settings[:2], "INFER.DATASETS", "tiny,revisitop1m"])
-    cards = [line for line in capsys.readouterr().out.splitlines() if "PCA whitening" in line]
-    assert len(cards) == 2 and "(learned on revisitop1m, THE SCORED SET ITSELF)" in cards[1]
-    save(place / "out" / "features" / "tiny", "database", database(weights_sha256="0"))
-    save(place / "out" / "features" / "tiny", "queries", database(weights_sha256="0"))
-    with pytest.raises(SystemExit):
-        main(["--cfg", str(place / "cfg.yaml"), "SCORE.WHITENING", str(place / "absent.npz")])
-    assert "absent.npz: no such whitening" in capsys.readouterr().err
+        post.check(described(8, weights_sha256="a"))

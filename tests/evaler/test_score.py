@@ -116,7 +116,7 @@ def test_distractors_are_scored_behind_the_database(place):
     assert "tiny + 3 distractors (not revisitop1m: that is 1,001,001): 2 queries" in result.stdout
     assert "+1M" not in result.stdout
     score = json.loads((place / "out" / "scores" / "tiny_with_distractors.json").read_text())
-    assert score["distractors"] == score["card"]["distractors"] == 3
+    assert score["card"]["distractors"] == 3
     # q0's database scores are 0.63 0.518 0.406 0.294 0.182 0.07: a stands first, c behind i0, which is junk.
     assert score["E"]["aps"][0] == pytest.approx(100 * (0 + 1 / 3) / 2)
     assert score["H"]["aps"][1] == pytest.approx(100 * (0 + 1 / 2) / 2)
@@ -128,7 +128,7 @@ def test_distractors_are_scored_behind_the_database(place):
     [
         (collection(["a"], [[1, 0, 0]], scales=[1.0]), "database and revisitop1m differ in scales; extract both"),
         (collection(["a"], [[1, 0, 0]], weights_sha256="1"), "differ in weights_sha256"),
-        (collection(["a"], [[1, 0]]), "have dimension 3, revisitop1m 2"),
+        (collection(["a"], [[1, 0]]), "database and revisitop1m differ in dimension (3 and 2)"),
         (collection(["a"], [[0, 0, 0]]), "the descriptor of a is zero (one of 1)"),
     ],
 )
@@ -229,7 +229,11 @@ def without(features, name):
     [
         ("queries", queries(weights_sha256="0"), "queries and database differ in weights_sha256; extract both"),
         ("database", database(scales=[1.0], crop_query=False), "differ in crop_query, scales; extract both"),
-        ("queries", collection(QUERIES, [[1, 0], [0, 1]]), "queries have dimension 2, database 3"),
+        (
+            "queries",
+            collection(QUERIES, [[1, 0], [0, 1]]),
+            "and database differ in dimension (2 and 3); extract both",
+        ),
         ("database", replace_row(database(), 4, 0), "database: the descriptor of i4 is zero (one of 1)"),
         ("queries", replace_row(queries(), 1, [0, 2, 0]), "queries: the descriptor of q1 has length 2, not 1"),
         ("database", without(database(), "i2"), "database: no descriptor of i2, of 6 asked for"),
@@ -254,3 +258,29 @@ def test_the_table_says_when_queries_were_not_cropped_and_does_without_provenanc
     text = table(score)
     assert text.splitlines()[:2] == ["x: 1 queries (not cropped), 2 database images", "weights unknown"]
     assert "Easy        12.35     1.00" in text or "Easy        12.34     1.00" in text
+
+
+def test_post_processing_is_on_the_card_and_in_a_file_of_its_own(place, capsys):
+    """Learned on the set itself: allowed, and told. The plain score stays."""
+    plain = evaluate(place).stdout
+    command = [sys.executable, str(ROOT / "evaler" / "whiten.py"), "out/features/tiny", "w.npz", "--dim", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "") and "1 of 3 dimensions, by 6 images" in done.stdout
+    settings = ["SCORE.WHITENING", str(place / "w.npz"), "SCORE.QE", "2", "SCORE.DBA", "1"]
+    main(["--cfg", str(place / "cfg.yaml"), *settings])
+    out = capsys.readouterr().out
+    assert "PCA whitening to 1 (learned on tiny, THE SCORED SET ITSELF) + DBA 1 alpha 3 + QE 2 alpha 3" in out
+    processed = json.loads((place / "out" / "scores" / "tiny_processed.json").read_text())
+    assert len(processed["card"]["post_processing"]) == 3
+    assert evaluate(place).stdout == plain
+
+    save(place / "out" / "features" / "revisitop1m", "distractors", database())
+    subprocess.run([*command[:2], "out/features/revisitop1m", *command[3:]], cwd=place, timeout=60, check=True)
+    main(["--cfg", str(place / "cfg.yaml"), *settings[:2], "INFER.DATASETS", "tiny,revisitop1m"])
+    cards = [line for line in capsys.readouterr().out.splitlines() if "PCA whitening" in line]
+    assert len(cards) == 2 and "(learned on revisitop1m, THE SCORED SET ITSELF)" in cards[1]
+    save(place / "out" / "features" / "tiny", "database", database(weights_sha256="0"))
+    save(place / "out" / "features" / "tiny", "queries", database(weights_sha256="0"))
+    with pytest.raises(SystemExit):
+        main(["--cfg", str(place / "cfg.yaml"), "SCORE.WHITENING", str(place / "absent.npz")])
+    assert "absent.npz: no such whitening" in capsys.readouterr().err

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evaler import extract, faiss_index, features, neighbours
-from evaler.collections_on_disk import find_collection, split_settings
+from evaler.arguments import find_collection, split_settings
 from evaler.features import Features, FeaturesError, save
 from tests.evaler.test_describer import MODELS, write_weights
 from tests.small_run import ROOT, child_environment, overrides, photograph, write_image
@@ -146,17 +147,34 @@ def test_images_are_added_with_their_names(tmp_path):
     with pytest.raises(FeaturesError, match="c, d, e is in .* already; nothing is added"):
         faiss_index.add(tmp_path / "one", "images", tmp_path / "two")
     save(tmp_path / "other", "images", some_features(["f"], scales=[2.0]))
-    with pytest.raises(FeaturesError, match="in another way .differs in scales"):
+    with pytest.raises(FeaturesError, match="differ in scales; extract both"):
         faiss_index.add(tmp_path / "one", "images", tmp_path / "other")
 
 
-def test_which_collection_a_place_means(tmp_path):
+def test_images_of_a_later_version_are_added_with_a_note(tmp_path, capsys):
+    save(tmp_path / "one", "images", some_features(["a"], code_version="1"))
+    save(tmp_path / "two", "images", some_features(["b"], code_version="2"))
+    assert faiss_index.add(tmp_path / "one", "images", tmp_path / "two") == 1
+    assert "differs in code_version" in capsys.readouterr().err
+
+
+def test_faiss_is_asked_for_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="SEARCH.INDEX needs faiss"):
+        faiss_index.search_library()
+
+
+def test_which_collection_a_place_means(tmp_path, monkeypatch):
     with pytest.raises(FeaturesError, match="no such folder"):
         find_collection(tmp_path / "absent")
     with pytest.raises(FeaturesError, match="no complete collection"):
         find_collection(tmp_path)
     save(tmp_path, "images", some_features(["a"]))
     assert find_collection(tmp_path) == find_collection(tmp_path / "images") == (tmp_path, "images")
+    monkeypatch.chdir(tmp_path)
+    assert find_collection(Path()) == (Path(), "images")
+    with pytest.raises(FeaturesError, match="no complete collection"):
+        find_collection(Path("/"))
     save(tmp_path, "database", some_features(["a"]))
     with pytest.raises(FeaturesError, match="holds images and database; name one of them"):
         find_collection(tmp_path)

@@ -72,15 +72,18 @@ def test_an_empty_database():
     assert scores.shape == indices.shape == (2, 0)
 
 
-def test_memory_does_not_grow_with_the_database():
+@pytest.mark.parametrize("alike", [False, True])
+def test_memory_does_not_grow_with_the_database(alike):
+    """Not even where all images tie."""
     rng = np.random.default_rng(1)
     database, peaks = rng.normal(size=(200_000, 8)).astype(np.float16), []
+    database[:] = database[0] if alike else database
     for count in (50_000, 200_000):
         tracemalloc.start()
-        top_k(database[:20].astype(np.float32), database[:count], 10)
+        top_k(rng.normal(size=(5, 8)).astype(np.float32), database[:count], 10)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.2 * peaks[0]
+    assert peaks[1] < 2 * peaks[0]  # how the threads overlap makes a difference
 
 
 def test_scores_that_float32_cannot_tell_apart(monkeypatch):

@@ -1,4 +1,4 @@
-"""Which collection a place on a command line means, and what follows it there."""
+"""What the arguments of commands mean: a place where descriptors lie, settings behind file names."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +14,9 @@ def find_collection(place: Path) -> tuple[Path, str]:
 
     Raises `FeaturesError` where there is none, or several to choose from.
     """
-    if place.with_suffix(".json").is_file() and not place.is_dir():
-        return place.parent, place.stem
     if not place.is_dir():
+        if place.name and (place.parent / f"{place.name}.json").is_file():
+            return place.parent, place.name
         raise FeaturesError(f"{place}: no such folder of descriptors; evaler/infer.py writes OUT_DIR/features/<set>")
     found = [name for name in SEARCHED if (place / f"{name}.json").is_file()]
     if not found:
