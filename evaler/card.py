@@ -12,7 +12,7 @@ OFFICIAL = {
     "roxford5k": "ba7967754bd2d7d2210a5799f9c45ad5835e269a80ef9d3eba44caa35816c471",
     "rparis6k": "d2e729a5293dda7dda8a15c8383424a42e4964a2c4cfea2f32fa85d11d2df499",
 }
-# mAP of DOLG, Medium and Hard, as its authors published them (Yang et al., ICCV 2021, https://github.com/feymanpriv/DOLG):
+# mAP of DOLG, Medium and Hard, as its authors published them (Yang et al., ICCV 2021, and their release):
 # depth, queries cropped or not -> set, with R1M or not -> scores.
 PUBLISHED = {
     (50, True): {
