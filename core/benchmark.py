@@ -88,8 +88,10 @@ def report(name: str, mode: str, cases: Iterable[Case], *, path: Path | None = N
     for case in cases:
         times = f"{case.ours:>10.4f}{case.baseline:>10.4f}{case.ratio:>7.2f}x{case.runs:>6}"
         lines.append(f"  {case.case:<34}{times}" + (f"   {case.note}" if case.note else ""))
-    lines.append(f"  on {record['machine']['processor']}, {record['machine']['threads']} threads, "
-                 f"load {record['machine']['load']:.1f}; " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+    lines.append(
+        f"  on {record['machine']['processor']}, {record['machine']['threads']} threads, "
+        f"load {record['machine']['load']:.1f}; " + ", ".join(f"{k} {v}" for k, v in versions().items())
+    )
     return "\n".join(lines)
 
 

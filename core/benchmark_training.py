@@ -249,5 +249,3 @@ def peak_flops(dtype: torch.dtype, *, size: int = 8192, seconds: float = 2.0) ->
     a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
     case = compare("matrix product", lambda: a @ b, lambda: a @ b, seconds=seconds)
     return 2 * size**3 / min(case.ours, case.baseline)
-
-

@@ -145,6 +145,9 @@ _C.SCORE.DBA = 0  # database augmentation: so many neighbours are added to each 
 _C.SCORE.DBA_ALPHA = 3.0  # each with its similarity to this power
 _C.SCORE.QE = 0  # query expansion: so many of the images found are added to each query; 0: none
 _C.SCORE.QE_ALPHA = 3.0  # each with its similarity to this power; 0: average query expansion
+_C.SCORE.RERANK = 0  # re-rank so many first images of each query as SuperGlobal does (400 there); 0: not
+_C.SCORE.RERANK_NEIGHBOURS = 9  # of each of them that refine it
+_C.SCORE.RERANK_BETA = 0.15  # by their similarity times this
 
 # --------------------------------------------------------------------------------------------------------- search
 _C.SEARCH = CfgNode()

@@ -201,5 +201,3 @@ def _split_of_batch(cfg: CfgNode, run: dict) -> list[str]:
         f"norm sees {cfg.TRAIN.BATCH_SIZE // world_size()} of them at a time instead of "
         f"{cfg.TRAIN.BATCH_SIZE // before}, and sums are rounded in another order"
     ]
-
-

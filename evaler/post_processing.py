@@ -1,4 +1,5 @@
-"""What is done to descriptors before they are scored: whitening, then database augmentation, then query expansion."""
+"""What is done to descriptors before they are scored: whitening, database augmentation, query expansion, in this order;
+and to the ranking after: re-ranking."""
 
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from evaler import whitening
 from evaler.expansion import augment, expand
 from evaler.features import Features, FeaturesError
 from evaler.provenance import differing_keys
+from evaler.rerank import rerank
 from evaler.rows import Mapped
 from evaler.whitening import Whitening
 from revisitop.scores import Rows
@@ -28,15 +30,28 @@ class PostProcessing:
     dba_alpha: float = 0.0
     qe: int = 0
     qe_alpha: float = 0.0
+    candidates: int = 0  # that are re-ranked
+    rerank_neighbours: int = 9
+    rerank_beta: float = 0.15
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "PostProcessing":
         """Raises `ValueError` for a whitening that cannot be read."""
         learned = whitening.read(Path(cfg.SCORE.WHITENING)) if cfg.SCORE.WHITENING else None
-        return cls(learned, cfg.SCORE.DBA, cfg.SCORE.DBA_ALPHA, cfg.SCORE.QE, cfg.SCORE.QE_ALPHA)
+        score = cfg.SCORE
+        return cls(
+            learned,
+            dba=score.DBA,
+            dba_alpha=score.DBA_ALPHA,
+            qe=score.QE,
+            qe_alpha=score.QE_ALPHA,
+            candidates=score.RERANK,
+            rerank_neighbours=score.RERANK_NEIGHBOURS,
+            rerank_beta=score.RERANK_BETA,
+        )
 
     def __bool__(self) -> bool:
-        return bool(self.whitening or self.dba or self.qe)
+        return bool(self.whitening or self.dba or self.qe or self.candidates)
 
     def steps(self, scored: Sequence[str]) -> list[str]:
         """For the card. scored: sha256 of the descriptors that are scored, on which nothing should be learned."""
@@ -49,6 +64,9 @@ class PostProcessing:
             found.append(f"DBA {self.dba} alpha {self.dba_alpha:g}")
         if self.qe:
             found.append(f"QE {self.qe} alpha {self.qe_alpha:g}")
+        if self.candidates:
+            how = f"{self.rerank_neighbours} neighbours, beta {self.rerank_beta:g}"
+            found.append(f"SuperGlobal re-ranking of {self.candidates} ({how})")
         return found
 
     def check(self, database: Features) -> None:
@@ -75,3 +93,10 @@ class PostProcessing:
         if self.qe:
             queries = expand(queries, database, neighbours=self.qe, alpha=self.qe_alpha)
         return queries, database
+
+    def first(self, queries: np.ndarray, database: Rows) -> np.ndarray | None:
+        """What `__call__` returned -> the first images of each query in new order, int64 [Q, M]; None: as they are."""
+        if not self.candidates:
+            return None
+        how = {"neighbours": self.rerank_neighbours, "beta": self.rerank_beta}
+        return rerank(queries, database, candidates=self.candidates, **how)

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from yacs.config import CfgNode
@@ -19,6 +20,7 @@ from evaler.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, without
 from evaler.rows import Stacked
 from revisitop import groundtruth, protocol
 from revisitop.groundtruth import GroundTruth
+from revisitop.scores import Rows
 
 KAPPAS = (1, 5, 10)
 SETTING_NAMES = {"E": "Easy", "M": "Medium", "H": "Hard"}
@@ -28,19 +30,28 @@ NO_POST_PROCESSING = PostProcessing()
 SHOWN_BRACKET = 0.005  # points of mAP
 
 
-def score_features(
+class LoadedSet(NamedTuple):
+    """A set ready to be ranked.
+
+    queries: [Q, D]; gallery: the database in the order of the ground truth, then distractors, [N, D]; first: int64
+    [Q, M], see `PostProcessing.first`; provenance: what queries and database have in common.
+    """
+
+    queries: np.ndarray
+    gallery: Rows
+    first: np.ndarray | None
+    provenance: dict
+
+
+def load_set(
     folder: str | os.PathLike,
     ground_truth: GroundTruth,
     *,
-    kappas: Sequence[int] = KAPPAS,
     distractors: Features | None = None,
     post: PostProcessing = NO_POST_PROCESSING,
-) -> dict[str, dict]:
-    """Score the collections `queries` and `database` in `folder`, the latter with `distractors` behind it.
+) -> LoadedSet:
+    """The collections `queries` and `database` in `folder`, the latter with `distractors` behind it, post-processed.
 
-    Returns for "E", "M" and "H": `mAP`, `mAP_bracket` (a list: the least and the largest that another order of equal
-    scores gives), `mP@k` (a list) and `aps` (a list, a query each) in percent, None where no query, or this one, has
-    positives; and `provenance`, what the two collections have in common.
     Raises `FeaturesError` if a collection is incomplete, was extracted in another way than the other, has not exactly
     the images of the ground truth, or holds vectors that are not finite and of length 1.
     """
@@ -59,7 +70,16 @@ def score_features(
         check_alike(f"{folder}: database", database, DISTRACTORS, distractors, but=DISTRACTORS_MAY_DIFFER)
     gallery = Stacked([aligned[1], *([] if distractors is None else [distractors.vectors])])
     post.check(database)
-    fractions = protocol.evaluate(*post(aligned[0], gallery), ground_truth, kappas)
+    moved, gallery = post(aligned[0], gallery)
+    return LoadedSet(moved, gallery, post.first(moved, gallery), without(database.provenance, LIST_KEYS))
+
+
+def score_features(loaded: LoadedSet, ground_truth: GroundTruth, *, kappas: Sequence[int] = KAPPAS) -> dict[str, dict]:
+    """For "E", "M" and "H": `mAP`, `mAP_bracket` (a list: the least and the largest that another order of equal
+    scores gives), `mP@k` (a list) and `aps` (a list, a query each) in percent, None where no query, or this one, has
+    positives; and `provenance`.
+    """
+    fractions = protocol.evaluate(loaded.queries, loaded.gallery, ground_truth, kappas, first=loaded.first)
     result: dict[str, dict] = {
         setting: {
             "mAP": _percent(values["mAP"]),
@@ -69,7 +89,7 @@ def score_features(
         }
         for setting, values in fractions.items()
     }
-    result["provenance"] = without(database.provenance, LIST_KEYS)
+    result["provenance"] = loaded.provenance
     return result
 
 
@@ -118,10 +138,29 @@ def score_set(
 
     With distractors the file is `<name>_with_distractors.json`, and `_processed` is put behind it with post-processing.
     """
-    gnd_path = Path(data_dir) / name / f"gnd_{name}.pkl"
+    gnd_path = truth_path(data_dir, name)
     ground_truth = groundtruth.load(gnd_path)
     folder = Path(out_dir) / "features" / name
-    scores = score_features(folder, ground_truth, distractors=distractors, post=post)
+    loaded = load_set(folder, ground_truth, distractors=distractors, post=post)
+    score = score_loaded(loaded, gnd_path, ground_truth, folder, distractors=distractors, post=post)
+    suffix = f"{'_with_distractors' if distractors else ''}{'_processed' if post else ''}"
+    path = Path(out_dir) / "scores" / f"{name}{suffix}.json"
+    write_json(path, score)
+    return score, path
+
+
+def score_loaded(
+    loaded: LoadedSet,
+    gnd_path: Path,
+    ground_truth: GroundTruth,
+    folder: Path,
+    *,
+    distractors: Features | None = None,
+    post: PostProcessing = NO_POST_PROCESSING,
+) -> dict:
+    """The score of what `load_set` has loaded from OUT_DIR/features/<set>, with its card: what `score_set` writes."""
+    name = folder.name
+    scores = score_features(loaded, ground_truth)
     manifests = [read_manifest(folder, "database"), read_manifest(folder, "queries")]
     if distractors is not None:
         manifests.append(read_manifest(folder.parent / DISTRACTORS, "distractors"))
@@ -133,7 +172,7 @@ def score_set(
         ground_truth_sha256=sha256_file(gnd_path),
         post_processing=post.steps([manifest["sha256"]["npy"] for manifest in manifests]),
     )
-    score = {
+    return {
         "unit": "percent",
         "dataset": name,
         "kappas": list(KAPPAS),
@@ -144,10 +183,11 @@ def score_set(
         "ground_truth_sha256": card["ground_truth_sha256"],
         "card": card,
     }
-    suffix = f"{'_with_distractors' if distractors else ''}{'_processed' if post else ''}"
-    path = Path(out_dir) / "scores" / f"{name}{suffix}.json"
-    write_json(path, score)
-    return score, path
+
+
+def truth_path(data_dir: str | os.PathLike, name: str) -> Path:
+    """Where the ground truth of a set lies."""
+    return Path(data_dir) / name / f"gnd_{name}.pkl"
 
 
 @entry_point

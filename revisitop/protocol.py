@@ -26,15 +26,19 @@ def evaluate(
     database: Rows,
     ground_truth: GroundTruth | Sequence[Query | Mapping],
     kappas: Sequence[int] = (1, 5, 10),
+    *,
+    first: np.ndarray | None = None,
 ) -> dict[str, dict]:
     """Score descriptors by their dot products.
 
     queries: [Q, D]. database: [N, D], the images of the ground truth in its order and any number of distractors after
     them. It is read in chunks: memory does not grow with N.
+    first: after re-ranking, the M images of highest score of each query in their new order, [Q, M].
     ground_truth: of the Q queries, as read by `groundtruth.load` or as the list `gnd` of the official files.
     Returns for "E", "M" and "H": `mAP` (a fraction, NaN if no query has positives), `mP@k` (a list, one for each k of
     `kappas`), `aps` (AP of each query [Q], NaN for those without positives), and `mAP_bracket` (the least and the
-    largest mAP that another order of equal scores gives; both are the mAP where no positive ties with a negative).
+    largest mAP that another order of equal scores gives; both are the mAP where no positive ties with a negative, and
+    with `first`, which has no scores to tie).
     Raises ValueError where shapes, indices or values do not fit.
     """
     entries = ground_truth.gnd if isinstance(ground_truth, GroundTruth) else ground_truth
@@ -49,7 +53,10 @@ def evaluate(
             if len(images) and not 0 <= images.min() <= images.max() < count:
                 raise ValueError(f"query {index}: {label} holds an index outside the {count} database images")
 
-    found = standings(queries, database, [np.concatenate(list(query.values())) for query in labels])
+    labelled = [np.concatenate(list(query.values())) for query in labels]
+    found = standings(queries, database, labelled)
+    if first is not None:
+        found = [_reordered(*of_one) for of_one in zip(found, labelled, first, strict=True)]
     kinds = [np.repeat(LABELS, [len(query[label]) for label in LABELS]) for query in labels]
     result = {}
     for setting, (good, bad) in SETTINGS.items():
@@ -61,6 +68,16 @@ def evaluate(
         bracket = _bracket(found, positives, junk)
         result[setting] = {"mAP": mean, "mP@k": precisions.tolist(), "aps": aps, "mAP_bracket": bracket}
     return result
+
+
+def _reordered(standing: Standing, images: np.ndarray, first: np.ndarray) -> Standing:
+    """The standing of images [W] after the first M of the ranking were put into the order `first` [M]."""
+    order = np.argsort(first)
+    place = np.minimum(np.searchsorted(first, images, sorter=order), len(first) - 1)
+    inside = first[order[place]] == images
+    assert (inside == (standing.ranks < len(first))).all(), "re-ranked are others than the first"
+    ranks = np.where(inside, order[place], standing.ranks)
+    return Standing(ranks, np.zeros_like(ranks), np.ones_like(ranks))
 
 
 def _bracket(found: Sequence[Standing], good: Sequence[np.ndarray], bad: Sequence[np.ndarray]) -> list[float]:

@@ -1,7 +1,7 @@
 """What `compare.py` of the goldens calls: glue to the functions that train.py, infer.py and evaluate.py use.
 
-    python compare.py --candidate tests/golden_adapter.py --prec f32
-    DT=f64 python compare.py --candidate tests/golden_adapter.py --prec f64
+python compare.py --candidate tests/golden_adapter.py --prec f32
+DT=f64 python compare.py --candidate tests/golden_adapter.py --prec f64
 """
 
 import copy

@@ -220,9 +220,7 @@ class Runner:
         return process.returncode, err
 
 
-@pytest.mark.parametrize(
-    ("world", "workers", "number", "after"), [(1, 2, signal.SIGINT, 4), (2, 2, signal.SIGTERM, 1)]
-)
+@pytest.mark.parametrize(("world", "workers", "number", "after"), [(1, 2, signal.SIGINT, 4), (2, 2, signal.SIGTERM, 1)])
 def test_stopped_by_a_signal_and_started_again(data_dir, tmp_path, whole, world, workers, number, after):
     """Real processes; signals to all of the group at once, as from a terminal or SLURM: loader workers get them too."""
     (tmp_path / "b").mkdir()

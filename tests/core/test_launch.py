@@ -268,5 +268,3 @@ def test_one_device_needs_no_other_process(two_gpus, num_gpus):
     cfg, seen = load_cfg(None, ["NUM_GPUS", str(num_gpus)]), []
     launch.launch(seen.append, cfg)
     assert seen == [cfg]
-
-

@@ -49,8 +49,9 @@ def test_it_can_be_taken_again(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file/out cannot be written: Not a directory"), folder_lock(
-        tmp_path / "file" / "out"
+    with (
+        pytest.raises(ValueError, match=r"file/out cannot be written: Not a directory"),
+        folder_lock(tmp_path / "file" / "out"),
     ):
         pass
 

@@ -64,8 +64,10 @@ def test_one_period_merged_into_another_and_both_kept_as_plain_numbers():
     first.merge(second)
     copy = Sums(CPU)
     copy.restore([first.state()], 0)
-    assert copy.read() == first.read() == pytest.approx(
-        {"loss": 4.1 / 3, "top1_err": 200 / 3, "top5_err": 100 / 3, "images": 3}
+    assert (
+        copy.read()
+        == first.read()
+        == pytest.approx({"loss": 4.1 / 3, "top1_err": 200 / 3, "top5_err": 100 / 3, "images": 3})
     )
     assert second.images == 1
 

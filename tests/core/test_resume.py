@@ -162,9 +162,7 @@ def test_the_average_and_the_scaler_come_back(cfg, trained):
     path = saved(cfg, trained, average=average.network, scaler=scaler.state_dict())
     other = network(7)
     another, fresh = MovingAverage(other, 0.5), torch.amp.GradScaler("cpu")
-    notes = restore(
-        path, cfg, other, optimizer_of(other), Position(CPU), average=another.network, scaler=fresh
-    )
+    notes = restore(path, cfg, other, optimizer_of(other), Position(CPU), average=another.network, scaler=fresh)
     assert notes == [] and fresh.get_scale() == 8.0
     for got, want in zip(another.network.state_dict().values(), average.network.state_dict().values(), strict=True):
         assert torch.equal(got, want)

@@ -90,9 +90,7 @@ class Place:
         rng, running, killed = random.Random(seed), {}, 0
 
         def begin(cut: int) -> None:
-            running[cut] = self.start(
-                "out", "list.txt", INFER__TOTAL_NUM=shards, INFER__CUT_NUM=cut, **settings
-            )
+            running[cut] = self.start("out", "list.txt", INFER__TOTAL_NUM=shards, INFER__CUT_NUM=cut, **settings)
 
         for cut in range(1, shards + 1):
             begin(cut)

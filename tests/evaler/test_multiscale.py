@@ -97,9 +97,10 @@ def test_a_batch_is_described_as_its_images_are(kind, network):
 
 def test_one_image_twice_is_the_same_bytes(network):
     arranged, images = for_inference(network), pictures(1, 75, 107)
-    assert describe_batch(arranged, images, scales=SCALES).tobytes() == describe_batch(
-        arranged, images.copy(), scales=SCALES
-    ).tobytes()
+    assert (
+        describe_batch(arranged, images, scales=SCALES).tobytes()
+        == describe_batch(arranged, images.copy(), scales=SCALES).tobytes()
+    )
 
 
 def test_scales_are_weighed_equally_and_descriptors_normalised_first():

@@ -8,6 +8,7 @@ from evaler import whitening
 from evaler.expansion import augment, expand
 from evaler.features import Features, FeaturesError
 from evaler.post_processing import PostProcessing
+from evaler.rerank import rerank
 from evaler.rows import Mapped, Stacked
 from evaler.whitening import Whitening, learn
 
@@ -125,6 +126,43 @@ def test_stacked_rows_are_those_of_the_whole():
     assert doubled.shape == (60, 2)
 
 
+# ------------------------------------------------------------------------------------------------------ re-ranking
+
+
+def slow_rerank(query, database, candidates, neighbours, beta):
+    """SuperGlobal's, a step at a time."""
+    found = sorted(range(len(database)), key=lambda i: (-float(query @ database[i]), i))[:candidates]
+    refined = {}
+    for one in found:
+        others = sorted((o for o in found if o != one), key=lambda o: -float(database[one] @ database[o]))[:neighbours]
+        total, weights = database[one].copy(), 1.0
+        for other in others:
+            weight = beta * float(database[one] @ database[other])
+            total, weights = total + weight * database[other], weights + weight
+        refined[one] = total / weights
+    by_query = sorted(found, key=lambda i: -float(query @ refined[i]))
+    expanded = np.max([refined[i] for i in by_query[: neighbours + 1]], axis=0)
+    return sorted(by_query, key=lambda i: -float(query @ refined[i] + expanded @ refined[i]) / 2)
+
+
+@pytest.mark.parametrize(("candidates", "neighbours"), [(30, 9), (30, 1), (5, 9), (1, 9), (500, 3)])
+def test_reranking_against_a_slower_one(candidates, neighbours):
+    queries, database = SKEWED[:8], SKEWED[8:120]
+    found = rerank(queries, database, candidates=candidates, neighbours=neighbours, beta=0.15)
+    for query, order in zip(queries.astype(np.float64), found.tolist(), strict=True):
+        assert order == slow_rerank(query, database.astype(np.float64), candidates, neighbours, 0.15)
+    assert found.shape == (8, min(candidates, 112))
+    assert candidates == 1 or (found[:, 1:] != found[:, :1]).all()
+
+
+def test_reranking_lifts_what_the_first_images_agree_on():
+    """Images 0 to 5 are one place; the query sees 6, a stranger, before 5."""
+    angles = np.radians([0, 4, 8, 12, 16, 34, -32])
+    database = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert np.argsort(-database @ [1, 0]).tolist() == [0, 1, 2, 3, 4, 6, 5]
+    assert rerank(np.array([[1.0, 0]]), database, candidates=7, neighbours=3, beta=1).tolist()[0][-2:] == [5, 6]
+
+
 # ------------------------------------------------------------------------------------------------ the whole of it
 
 
@@ -145,6 +183,11 @@ def test_the_order_is_whitening_augmentation_expansion():
     np.testing.assert_allclose(queries, expand(learned(SKEWED[:5]), images, neighbours=3, alpha=0), atol=1e-6)
     assert post.steps(["2"]) == ["PCA whitening to 4 (learned on x)", "DBA 2 alpha 1", "QE 3 alpha 0"]
     assert "THE SCORED SET ITSELF" in post.steps(["1"])[0]
+    assert post.first(queries, moved) is None
+    post = PostProcessing.of(load_cfg(None, ["SCORE.RERANK", "20", "SCORE.RERANK_BETA", "0.3"]))
+    assert post and post.steps([]) == ["SuperGlobal re-ranking of 20 (9 neighbours, beta 0.3)"]
+    wanted = rerank(queries, moved, candidates=20, neighbours=9, beta=0.3)
+    np.testing.assert_array_equal(post.first(queries, moved), wanted)
 
 
 def test_a_whitening_of_other_descriptors_is_refused():

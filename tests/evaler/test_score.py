@@ -12,7 +12,7 @@ import pytest
 
 from core.environment import sha256_file
 from evaler.features import Features, FeaturesError, save
-from evaler.score import main, score_features, table
+from evaler.score import load_set, main, score_features, table
 from revisitop import groundtruth
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,10 +245,10 @@ def without(features, name):
 def test_features_that_do_not_fit_are_refused(place, name, features, message):
     folder = place / "out" / "features" / "tiny"
     truth = groundtruth.load(place / "data" / "tiny" / "gnd_tiny.pkl")
-    assert score_features(folder, truth)["M"]["mAP"] == pytest.approx(MEDIUM)
+    assert score_features(load_set(folder, truth), truth)["M"]["mAP"] == pytest.approx(MEDIUM)
     save(folder, name, features)
     with pytest.raises(FeaturesError) as caught:
-        score_features(folder, truth)
+        load_set(folder, truth)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

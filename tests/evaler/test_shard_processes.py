@@ -15,10 +15,12 @@ from evaler.shard_processes import shard_count, visible_gpus
 from tests.small_run import ROOT, child_environment, script
 
 # Stands in for evaler/infer.py: notes how it was called, tells its progress, and ends as FAIL says.
-INFER = f"""
+INFER = (
+    f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-""" + """
+"""
+    + """
 import os, time
 keys = dict(zip(sys.argv[3::2], sys.argv[4::2]))
 cut, total = keys["INFER.CUT_NUM"], keys["INFER.TOTAL_NUM"]
@@ -38,6 +40,7 @@ for done in range(11):
         sys.exit(2)
 print("toy: this shard is done; some chunks are still to come" if cut != total else "toy: descriptors are there")
 """
+)
 PROGRAM = """
 import sys
 from pathlib import Path

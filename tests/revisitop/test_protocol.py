@@ -185,6 +185,23 @@ def test_equals_the_naive_protocol_with_ties(case):
                 np.testing.assert_array_equal(other[setting]["aps"], result[setting]["aps"])
 
 
+@settings(deadline=None, max_examples=100)
+@given(cases(), st.randoms(use_true_random=False), st.integers(1, 20))
+def test_after_reranking_the_first_stand_as_told_and_the_others_as_before(case, random, count):
+    queries, database, roles = case
+    labels = [gnd(*([i for i, role in enumerate(row) if role == key] for key in "ehj")) for row in roles]
+    orders = [sorted(range(len(database)), key=lambda i: (-(database[i] @ query), i)) for query in queries]
+    count = min(count, len(database))
+    first = np.array([random.sample(order[:count], count) for order in orders])
+    result = evaluate(queries, database, labels, first=first)
+    for q, label in enumerate(labels):
+        order = [*first[q].tolist(), *orders[q][count:]]
+        scores = [-order.index(image) for image in range(len(database))]
+        good, bad = {*label["easy"], *label["hard"]}, set(label["junk"])
+        assert result["M"]["aps"][q] == pytest.approx(naive_ap(scores, good, bad), abs=1e-12, nan_ok=True)
+    assert result["M"]["mAP_bracket"] == pytest.approx([result["M"]["mAP"]] * 2, nan_ok=True)
+
+
 @settings(deadline=None, max_examples=60)
 @given(cases())
 def test_the_bracket_is_that_of_all_orders(case):
