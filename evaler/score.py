@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     if not sets:
         raise ValueError(f"INFER.DATASETS names {DISTRACTORS} alone, which has no queries; name a set to score with it")
     post = PostProcessing.of(cfg)
-    distractors = load_distractors(cfg) if DISTRACTORS in cfg.INFER.DATASETS else None
+    distractors = load_distractors(cfg.OUT_DIR) if DISTRACTORS in cfg.INFER.DATASETS else None
     for name in sets:
         for behind in (None, distractors) if distractors else (None,):
             score, path = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR, distractors=behind, post=post)
@@ -210,9 +210,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\n{table(score)}\n\n  written to {path}")
 
 
-def load_distractors(cfg: CfgNode) -> Features:
+def load_distractors(out_dir: str | os.PathLike) -> Features:
     """The descriptors of the distractors, checked. Raises `FeaturesError`."""
-    folder = Path(cfg.OUT_DIR) / "features" / DISTRACTORS
+    folder = Path(out_dir) / "features" / DISTRACTORS
     distractors = load(folder, "distractors")
     check_length(distractors, f"{folder}: distractors")
     if distractors.rejected:

@@ -39,10 +39,35 @@ def evaluate(
     `kappas`), `aps` (AP of each query [Q], NaN for those without positives), and `mAP_bracket` (the least and the
     largest mAP that another order of equal scores gives; both are the mAP where no positive ties with a negative, and
     with `first`, which has no scores to tie).
+    Raises ValueError as `rank_labelled` does.
+    """
+    labels = _labels(ground_truth)
+    found = rank_labelled(queries, database, ground_truth, first=first)
+    kinds = [np.repeat(LABELS, [len(query[label]) for label in LABELS]) for query in labels]
+    result = {}
+    for setting, (good, bad) in SETTINGS.items():
+        positives, junk = ([np.isin(kind, names) for kind in kinds] for names in (good, bad))
+        ranks, ignored = (
+            [standing.ranks[which] for standing, which in zip(found, part, strict=True)] for part in (positives, junk)
+        )
+        mean, aps, precisions, _ = mean_over_queries(ranks, ignored, [len(found_) for found_ in ranks], kappas)
+        bracket = _bracket(found, positives, junk)
+        result[setting] = {"mAP": mean, "mP@k": precisions.tolist(), "aps": aps, "mAP_bracket": bracket}
+    return result
+
+
+def rank_labelled(
+    queries: np.ndarray,
+    database: Rows,
+    ground_truth: GroundTruth | Sequence[Query | Mapping],
+    *,
+    first: np.ndarray | None = None,
+) -> list[Standing]:
+    """Where the labelled images of each query stand: easy, then hard, then junk ones. Arguments: see `evaluate`.
+
     Raises ValueError where shapes, indices or values do not fit.
     """
-    entries = ground_truth.gnd if isinstance(ground_truth, GroundTruth) else ground_truth
-    labels = [{label: _indices(entry, label) for label in LABELS} for entry in entries]
+    labels = _labels(ground_truth)
     queries, count = np.asarray(queries), database.shape[0]
     if queries.ndim != 2 or len(database.shape) != 2 or queries.shape[1] != database.shape[1]:
         raise ValueError(f"queries {queries.shape} and database {database.shape} are not [Q, D] and [N, D]")
@@ -55,19 +80,9 @@ def evaluate(
 
     labelled = [np.concatenate(list(query.values())) for query in labels]
     found = standings(queries, database, labelled)
-    if first is not None:
-        found = [_reordered(*of_one) for of_one in zip(found, labelled, first, strict=True)]
-    kinds = [np.repeat(LABELS, [len(query[label]) for label in LABELS]) for query in labels]
-    result = {}
-    for setting, (good, bad) in SETTINGS.items():
-        positives, junk = ([np.isin(kind, names) for kind in kinds] for names in (good, bad))
-        ranks, ignored = (
-            [standing.ranks[which] for standing, which in zip(found, part, strict=True)] for part in (positives, junk)
-        )
-        mean, aps, precisions, _ = mean_over_queries(ranks, ignored, [len(found_) for found_ in ranks], kappas)
-        bracket = _bracket(found, positives, junk)
-        result[setting] = {"mAP": mean, "mP@k": precisions.tolist(), "aps": aps, "mAP_bracket": bracket}
-    return result
+    if first is None:
+        return found
+    return [_reordered(*of_one) for of_one in zip(found, labelled, first, strict=True)]
 
 
 def _reordered(standing: Standing, images: np.ndarray, first: np.ndarray) -> Standing:
@@ -100,6 +115,11 @@ def _bracket(found: Sequence[Standing], good: Sequence[np.ndarray], bad: Sequenc
         before = np.arange(len(above))
         aps.append(tuple(average_precision(ranks + before, total) for ranks in (negatives + tied, negatives)))
     return np.mean(aps, axis=0).tolist() if aps else [np.nan, np.nan]
+
+
+def _labels(ground_truth: GroundTruth | Sequence[Query | Mapping]) -> list[dict[str, np.ndarray]]:
+    entries = ground_truth.gnd if isinstance(ground_truth, GroundTruth) else ground_truth
+    return [{label: _indices(entry, label) for label in LABELS} for entry in entries]
 
 
 def _indices(entry: Query | Mapping, label: str) -> np.ndarray:

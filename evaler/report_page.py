@@ -1,0 +1,92 @@
+"""One HTML page of a set that works from a file, without a network: scores, curves, ranked lists, attention."""
+
+import argparse
+import base64
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+from core.config import load_cfg
+from core.environment import atomic_write, entry_point
+from evaler.arguments import split_settings
+from evaler.images import DISTRACTORS
+from evaler.post_processing import PostProcessing
+from evaler.report_content import FOLDERS, Run, Shown, own_page, revisited_page
+
+SOURCES = Path(__file__).parent / "page"
+OWN_QUERIES = 70  # images of one's own that are asked for, as many as ROxford has queries
+
+
+def page_bytes(content: Mapping) -> bytes:
+    """The page of what `report_content` gives. All is inside it, and it may load nothing from elsewhere."""
+    html, style, script = ((SOURCES / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    # Names of files come from anywhere: within the JSON no tag can begin, and only our own script runs.
+    data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {"TITLE": escape(content["title"]), "DIGEST": digest, "STYLE": style, "SCRIPT": script, "DATA": data}
+    before, *rest = html.split("@@")  # text, name, text, name, ..., text
+    texts = (parts[name] + text for name, text in zip(rest[::2], rest[1::2], strict=True))
+    return (before + "".join(texts)).encode()
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Write a page with scores, curves and ranked lists of INFER.DATASETS, or of INFER.IMAGES."
+    )
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of settings; KEY VALUE ... at the end")
+    parser.add_argument("--against", type=Path, metavar="OUT_DIR", help="a second run, shown beside that in OUT_DIR")
+    parser.add_argument("--unprocessed", action="store_true", help="beside SCORE's post-processing show none")
+    parser.add_argument("--top", type=int, default=20, metavar="K", help="results shown of each query (default 20)")
+    parser.add_argument(
+        "--queries", type=int, metavar="N", help=f"show so many, 0: all (default: all, {OWN_QUERIES} of INFER.IMAGES)"
+    )
+    parser.add_argument(
+        "--labels", default="", metavar="CSV", help=f"of INFER.IMAGES: path,label; or `{FOLDERS}` (default: none)"
+    )
+    parser.add_argument("--no-attention", action="store_true", help="leave the attention maps out")
+    parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: OUT_DIR/reports/<set>.html")
+    arguments, settings = split_settings(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(arguments)
+    if args.top < 1 or (args.queries or 0) < 0:
+        parser.error("--top must be at least 1, --queries 0 or more")
+    cfg = load_cfg(args.cfg, settings)
+    post = PostProcessing.of(cfg)
+    own = bool(cfg.INFER.IMAGES)
+    names = [] if own else [name for name in cfg.INFER.DATASETS if name != DISTRACTORS]
+    if args.labels and not own:
+        raise ValueError("--labels is for INFER.IMAGES; the sets of INFER.DATASETS have their own")
+    if own and post:
+        raise ValueError("SCORE's post-processing is not applied to INFER.IMAGES; leave it out")
+    if args.unprocessed and (args.against or not post):
+        raise ValueError("--unprocessed shows one run without and with the steps that SCORE names: name some, one run")
+    if not own and not names:
+        raise ValueError("nothing to show: name sets in INFER.DATASETS, or images in INFER.IMAGES")
+    if args.out and len(names) > 1:
+        raise ValueError(f"--out names one page, INFER.DATASETS {len(names)} sets; name one of them")
+    first = Run(str(cfg.OUT_DIR), Path(cfg.OUT_DIR), post)
+    runs = [first]
+    if args.unprocessed:
+        runs = [
+            Run(f"{cfg.OUT_DIR}, as extracted", first.out_dir),
+            Run(f"{cfg.OUT_DIR}, processed", first.out_dir, post),
+        ]
+    elif args.against:
+        runs.append(Run(str(args.against), args.against, post))
+    queries = args.queries if args.queries is not None else OWN_QUERIES if own else 0
+    shown = Shown(top=args.top, queries=queries, attention=not args.no_attention)
+    for name in names or [None]:
+        content = revisited_page(cfg, name, runs, shown) if name else own_page(cfg, runs, shown, labels=args.labels)
+        suffix = (
+            f"{'_with_distractors' if name and DISTRACTORS in cfg.INFER.DATASETS else ''}{'_processed' if post else ''}"
+        )
+        path = args.out or first.out_dir / "reports" / f"{name or content['title']}{suffix}.html"
+        data = page_bytes(content)
+        with atomic_write(path) as file:
+            file.write(data)
+        for note in content["notes"]:
+            print(f"note: {note}", file=sys.stderr)
+        print(f"{path}: {len(content['queries'])} queries, {len(content['images'])} pictures, {len(data) / 1e6:.1f} MB")
