@@ -328,7 +328,12 @@ function goToAddress() {
   if (!block.element.isConnected) { $("filter").value = ""; $("only").value = "all"; arrange(); }
   fill(block.element, block.query);
   block.drawn = state.setting;
-  block.element.scrollIntoView();
+  // What lies above is drawn as it comes near, and is then of another height than was assumed.
+  const scroll = (times) => {
+    block.element.scrollIntoView();
+    if (times) setTimeout(() => requestAnimationFrame(() => scroll(times - 1)), 60);
+  };
+  scroll(3);
 }
 
 document.querySelector("h1").textContent = data.title;
