@@ -153,6 +153,7 @@ _C.SCORE.RERANK_BETA = 0.15  # by their similarity times this
 _C.SEARCH = CfgNode()
 _C.SEARCH.INDEX = ""  # a faiss index by its factory string, e.g. IVF4096,Flat; empty: exact search
 _C.SEARCH.PARAMETERS = ""  # of that index when it is searched, e.g. nprobe=32
+_C.SEARCH.URI = ""  # search in Milvus instead: x.db (its embedded edition) or http://HOST:19530; empty: no
 
 # --------------------------------------------------------------------------------------------------------- devices
 _C.NUM_GPUS = 1  # one process a GPU; 0 is the CPU. Under torchrun its process count decides, this only GPU or CPU

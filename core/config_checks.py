@@ -99,6 +99,8 @@ def check(cfg: CfgNode) -> None:
     for key in POSITIVE:
         if not 0 < _get(cfg, key) < math.inf:
             raise ConfigError(f"{key} is {_get(cfg, key)}, it must be above 0")
+    if cfg.SEARCH.URI and cfg.SEARCH.INDEX:
+        raise ConfigError("SEARCH.INDEX and SEARCH.URI are two ways to search, faiss and Milvus; leave one empty")
     if not 0 <= cfg.BN.MOM <= 1:
         raise ConfigError(f"BN.MOM is {cfg.BN.MOM}, it must be 0 to 1")
     if not cfg.OUT_DIR:

@@ -6,20 +6,15 @@ Two files: `<collection>.faiss`, and `<collection>.faiss.json` with what it was 
 the descriptors, told by their sha256, and is refused with any other.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from yacs.config import CfgNode
 
-from core.config import load_cfg
 from core.counter import bar
-from core.environment import atomic_write, entry_point, sha256_file, write_json
-from evaler.arguments import find_collection, split_settings
-from evaler.features import Features, FeaturesError, chunks, load, read_manifest, some, write
-from evaler.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, differing_keys
+from core.environment import atomic_write, sha256_file, write_json
+from evaler.features import FeaturesError, chunks, load, read_manifest
 from evaler.top_k import top_k
 
 MOST_TRAINED_ON = 1 << 18
@@ -50,7 +45,7 @@ def build(cfg: CfgNode, folder: Path, collection: str) -> float:
         raise ValueError(f"SEARCH.INDEX {cfg.SEARCH.INDEX}: faiss refuses it: {_last_line(error)}") from None
     _set_parameters(index, cfg.SEARCH.PARAMETERS)
     recall = measure_recall(index, vectors)
-    path, told = _paths(folder, collection)
+    path, told = paths(folder, collection)
     told.unlink(missing_ok=True)  # from here to the end there is none
     with atomic_write(path) as file:
         file.write(faiss.serialize_index(index))
@@ -69,7 +64,7 @@ def build(cfg: CfgNode, folder: Path, collection: str) -> float:
 def read(cfg: CfgNode, folder: Path, collection: str):
     """The index of SEARCH.INDEX. Raises `FeaturesError` if it is absent, another one, or of other descriptors."""
     faiss = search_library()
-    path, told = _paths(folder, collection)
+    path, told = paths(folder, collection)
     mend = "build it with evaler/index.py"
     try:
         description = json.loads(told.read_bytes())
@@ -106,39 +101,6 @@ def measure_recall(index, vectors: np.ndarray) -> float:
     return hits / exact.size
 
 
-def add(folder: Path, collection: str, other: Path) -> int:
-    """Put the images of another collection behind those of this one, and remove its index; return their number.
-
-    Names and descriptors stay together; a process that is killed leaves the old collection, or none that counts as
-    whole. Raises `FeaturesError` for names that both have, and for descriptors made in another way.
-    """
-    one, two = load(folder, collection), load(*find_collection(other))
-    check_alike(str(folder), one, str(other), two, but=(*LIST_KEYS, *MACHINE_KEYS))
-    differing = differing_keys(one.provenance, two.provenance, but=LIST_KEYS)
-    if differing:
-        print(
-            f"note: {other} differs in {', '.join(differing)}, which the set does not tell from now on", file=sys.stderr
-        )
-    double = sorted(set(one.names) & set(two.names))
-    if double:
-        raise FeaturesError(f"{other}: {some(double)} is in {folder} already; nothing is added")
-    for path in _paths(folder, collection):
-        path.unlink(missing_ok=True)
-    lists = [f.provenance.get("list_sha256") for f in (one, two)]
-    provenance = one.provenance | {"list_sha256": "+".join(map(str, lists))}
-    behind = len(one.names) + len(one.rejected)  # where the second list begins
-    rejected = [entry._replace(index=entry.index + behind) for entry in two.rejected]
-    parts = [
-        Features(f.names, f.vectors, f.sizes, provenance, reasons, f.machines)
-        for f, reasons in ((one, one.rejected), (two, rejected))
-    ]
-    count = len(one.names) + len(two.names)
-    if (one.dtype, two.dtype) == ("float16", "float32"):
-        print("note: float32 descriptors are added to float16 ones and rounded", file=sys.stderr)
-    write(folder, collection, parts, count=count, dim=one.vectors.shape[1], dtype=one.dtype)
-    return len(two.names)
-
-
 def search_library():
     """Raises `ValueError` where faiss is not installed."""
     try:
@@ -148,7 +110,8 @@ def search_library():
     return faiss
 
 
-def _paths(folder: Path, collection: str) -> tuple[Path, Path]:
+def paths(folder: Path, collection: str) -> tuple[Path, Path]:
+    """Of the index and of its description."""
     return folder / f"{collection}.faiss", folder / f"{collection}.faiss.json"
 
 
@@ -168,24 +131,3 @@ def _set_parameters(index, parameters: str) -> None:
 def _last_line(error: Exception) -> str:
     """Of faiss's message, which begins with the place in its code."""
     return " ".join(str(error).split())[-200:]
-
-
-@entry_point
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Build the faiss index SEARCH.INDEX of an extracted set.")
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of settings")
-    parser.add_argument("--add", type=Path, metavar="OTHER", help="first add the images of this extracted set")
-    parser.add_argument("index", type=Path, metavar="INDEX", help="OUT_DIR/features/<set>; behind it KEY VALUE ...")
-    arguments, settings = split_settings(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(arguments)
-    cfg = load_cfg(args.cfg, settings)
-    if not cfg.SEARCH.INDEX and args.add is None:
-        raise ValueError("SEARCH.INDEX is empty, which is exact search and needs no index; name a factory string")
-    folder, collection = find_collection(args.index)
-    if args.add is not None:
-        count = add(folder, collection, args.add)
-        print(f"{folder}: {count} images added, {read_manifest(folder, collection)['count']} in all")
-    if cfg.SEARCH.INDEX:
-        recall = build(cfg, folder, collection)
-        path, _ = _paths(folder, collection)
-        print(f"{path}: {cfg.SEARCH.INDEX}, {100 * recall:.1f} % of the exact first {PROBED_TOP} are found")

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from core.config import load_cfg
 from core.environment import entry_point, sha256_file, write_json
-from evaler import faiss_index
+from evaler import faiss_index, milvus_index
 from evaler.arguments import find_collection, split_settings
 from evaler.extract import load_network
 from evaler.extraction_job import limits_of
@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     cfg = with_weights_of(args.cfg, settings, features)
     index = faiss_index.read(cfg, folder, collection) if cfg.SEARCH.INDEX else None
     queries = describe_files(cfg, features, args.queries)
-    if index is None:
+    if cfg.SEARCH.URI:
+        scores, found = milvus_index.search(cfg.SEARCH.URI, folder, collection, queries, args.top)
+    elif index is None:
         scores, found = top_k(queries, features.vectors, args.top)
     else:
         scores, found = faiss_index.search(index, queries, args.top)

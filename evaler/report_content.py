@@ -80,7 +80,8 @@ def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -
     ]
     return {
         "title": f"{name}{with_distractors(cards[0]['distractors'])}",
-        "counts": f"{len(truth.qimlist):,} queries{cropped}, {len(truth.imlist):,} database images",
+        "counts": f"{len(truth.qimlist):,} queries{cropped}, {len(truth.imlist):,} database images"
+        + (f"; {len(chosen):,} of the queries are shown" if len(chosen) < len(truth.qimlist) else ""),
         "settings": settings,
         "runs": [{"name": run.name, "card": card, "line": line(card)} for run, card in zip(runs, cards, strict=True)],
         "table": revisited_table(scores),

@@ -14,7 +14,7 @@ PACKAGES = LEAVES | {"core", "evaler"}
 TOP_LEVEL = PACKAGES | {
     *("configs", "docs", "pretrained", "scripts", "tests"),
     *("train.py", "hubconf.py", "README.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"),
-    *("requirements.txt", "requirements-cpu.txt", "requirements-dev.txt"),
+    *("requirements.txt", "requirements-cpu.txt", "requirements-dev.txt", "requirements-milvus.txt"),
 }
 
 

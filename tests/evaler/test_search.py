@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaler import extract, faiss_index, features, neighbours
+from evaler import extract, faiss_index, features, indexing, neighbours
 from evaler.arguments import find_collection, split_settings
 from evaler.features import Features, FeaturesError, save
 from tests.evaler.test_describer import MODELS, write_weights
@@ -83,7 +83,7 @@ def test_an_index_is_built_used_and_refused_when_it_is_another(extracted, capsys
     with pytest.raises(SystemExit):
         command(extracted, capsys, "SEARCH.INDEX", "Flat")
     assert "images.faiss: no index; build it with evaler/index.py" in capsys.readouterr().err
-    built, _ = command(extracted, capsys, "SEARCH.INDEX", "Flat", main=faiss_index.main, queries=())
+    built, _ = command(extracted, capsys, "SEARCH.INDEX", "Flat", main=indexing.main, queries=())
     assert "Flat, 100.0 % of the exact first 10 are found" in built
     found, _ = command(extracted, capsys, "SEARCH.INDEX", "Flat")
     assert found == exact
@@ -100,7 +100,7 @@ def test_an_index_is_built_used_and_refused_when_it_is_another(extracted, capsys
             command(extracted, capsys, "SEARCH.INDEX", "Flat")
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        command(extracted, capsys, "SEARCH.INDEX", "Nonsense8", main=faiss_index.main, queries=())
+        command(extracted, capsys, "SEARCH.INDEX", "Nonsense8", main=indexing.main, queries=())
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: SEARCH.INDEX Nonsense8: faiss refuses it")
     (place / "images.faiss").unlink()
@@ -139,22 +139,22 @@ def test_images_are_added_with_their_names(tmp_path):
     save(tmp_path / "one", "images", one)
     save(tmp_path / "two", "images", two)
     (tmp_path / "one" / "images.faiss").touch()
-    assert faiss_index.add(tmp_path / "one", "images", tmp_path / "two") == 3
+    assert indexing.add(tmp_path / "one", "images", tmp_path / "two") == 3
     whole = features.load(tmp_path / "one", "images")
     assert whole.names == ["a", "b", "c", "d", "e"]
     np.testing.assert_array_equal(whole.vectors, np.concatenate([one.vectors, two.vectors]))
     assert whole.provenance["list_sha256"] == "x+y" and not (tmp_path / "one" / "images.faiss").exists()
     with pytest.raises(FeaturesError, match="c, d, e is in .* already; nothing is added"):
-        faiss_index.add(tmp_path / "one", "images", tmp_path / "two")
+        indexing.add(tmp_path / "one", "images", tmp_path / "two")
     save(tmp_path / "other", "images", some_features(["f"], scales=[2.0]))
     with pytest.raises(FeaturesError, match="differ in scales; extract both"):
-        faiss_index.add(tmp_path / "one", "images", tmp_path / "other")
+        indexing.add(tmp_path / "one", "images", tmp_path / "other")
 
 
 def test_images_of_a_later_version_are_added_with_a_note(tmp_path, capsys):
     save(tmp_path / "one", "images", some_features(["a"], code_version="1"))
     save(tmp_path / "two", "images", some_features(["b"], code_version="2"))
-    assert faiss_index.add(tmp_path / "one", "images", tmp_path / "two") == 1
+    assert indexing.add(tmp_path / "one", "images", tmp_path / "two") == 1
     assert "differs in code_version" in capsys.readouterr().err
 
 
