@@ -72,11 +72,11 @@ def image_id(name: str) -> str:
 
 def retrieval(queries: Features, index: Features, solution: Solution) -> dict[str, float]:
     """mAP@100 in percent of each Usage that has queries. Raises `FeaturesError` for a query without descriptor."""
-    scores = {}
+    scores, ids = {}, list(_rows(index))
     for usage, relevant in solution.items():
         if relevant:
             _, found = top_k(_of(queries, relevant), index.vectors, FOUND)
-            names = {query: [image_id(index.names[i]) for i in row] for query, row in zip(relevant, found, strict=True)}
+            names = {query: [ids[i] for i in row] for query, row in zip(relevant, found, strict=True)}
             scores[usage] = 100 * mean_average_precision_at(names, relevant, FOUND)
     return scores
 
@@ -89,7 +89,7 @@ def recognition(
 
     Raises `FeaturesError` for a query without descriptor, `ValueError` for a training image without label.
     """
-    ids = [image_id(name) for name in train.names]
+    ids = list(_rows(train))
     if not ids:
         raise ValueError("there are no training images to vote")
     missing = [name for name in ids if name not in labels]
@@ -116,12 +116,18 @@ def vote(landmarks: list[str], similarities: list[float]) -> Prediction:
     return Prediction(best, sums[best])
 
 
+def _rows(features: Features) -> dict[str, int]:
+    """Image id -> row, in the order of the rows. Raises `FeaturesError` where two images have one id."""
+    row: dict[str, int] = {}
+    for number, name in enumerate(features.names):
+        if row.setdefault(image_id(name), number) != number:
+            raise FeaturesError(f"{features.names[row[image_id(name)]]} and {name} have one id")
+    return row
+
+
 def _of(queries: Features, wanted: Mapping[str, object]) -> np.ndarray:
     """The descriptors of these queries, in their order; others are not looked at."""
-    row: dict[str, int] = {}
-    for number, name in enumerate(queries.names):
-        if row.setdefault(image_id(name), number) != number:
-            raise FeaturesError(f"{queries.names[row[image_id(name)]]} and {name} have one id")
+    row = _rows(queries)
     missing = [query for query in wanted if query not in row]
     if missing:
         raise FeaturesError(f"no descriptor of the query {some(missing)}, of {len(wanted)} in the solution")

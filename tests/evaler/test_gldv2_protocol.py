@@ -99,10 +99,14 @@ def test_a_landmark_with_very_many_images(tmp_path):
     assert len(found["Public"]["q"]) == 9000
 
 
-def test_two_queries_of_one_id(tmp_path):
+def test_two_images_of_one_id(tmp_path):
     twins = features(["x/aaa1.jpg", "y/aaa1.jpg"], angles(0, 1))
     with pytest.raises(FeaturesError, match="x/aaa1.jpg and y/aaa1.jpg have one id"):
         retrieval(twins, INDEX, solution(tmp_path, RETRIEVAL, "images"))
+    with pytest.raises(FeaturesError, match="have one id"):
+        retrieval(QUERIES, twins, solution(tmp_path, RETRIEVAL, "images"))
+    with pytest.raises(FeaturesError, match="have one id"):
+        recognition(QUERIES, twins, {"aaa1": "7"}, solution(tmp_path, RECOGNITION, "landmarks"))
 
 
 def test_recognition_without_training_images(tmp_path):

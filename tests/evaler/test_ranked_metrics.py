@@ -61,6 +61,25 @@ def test_global_average_precision(predictions, expected):
     assert global_average_precision(predictions, LANDMARKS) == pytest.approx(expected)
 
 
+@given(
+    st.lists(st.sets(st.sampled_from("abc")), min_size=1, max_size=8).filter(any),
+    st.lists(st.tuples(st.sampled_from("abcd"), st.integers(-2, 2)), min_size=8, max_size=8),
+    st.sets(st.integers(0, 7)),
+)
+def test_global_average_precision_against_a_slower_one(landmarks, answers, silent):
+    """With ties, queries that show nothing, and queries without an answer."""
+    right = {f"q{i}": names for i, names in enumerate(landmarks)}
+    predictions = {f"q{i}": Prediction(*answers[i]) for i in range(len(landmarks)) if i not in silent}
+    total = 0.0
+    for query, (landmark, confidence) in predictions.items():
+        if landmark in right[query]:
+            # Of all that are at least as sure, equally sure ones by name, the part that is right.
+            before = [q for q, p in predictions.items() if (-p.confidence, q) <= (-confidence, query)]
+            total += sum(predictions[q].landmark in right[q] for q in before) / len(before)
+    expected = total / sum(bool(names) for names in landmarks)
+    assert global_average_precision(predictions, right) == pytest.approx(expected)
+
+
 def test_predictions_that_cannot_be_ranked():
     with pytest.raises(ValueError, match="x for one"):
         global_average_precision({"x": Prediction("1", 1)}, LANDMARKS)

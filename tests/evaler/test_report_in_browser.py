@@ -28,8 +28,12 @@ def browser():
     with playwright.sync_playwright() as driver:
         if not found and not Path(driver.chromium.executable_path).exists():
             pytest.skip("NOT CHECKED IN A BROWSER: needs Chromium; install it, or run `playwright install chromium`")
-        # Within a container Chromium cannot make the sandbox of its own; the page is ours.
-        started = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        try:
+            # Within a container Chromium cannot make the sandbox of its own; the page is ours.
+            started = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except playwright.Error as error:
+            reason = str(error).split("\n", 1)[0]
+            pytest.skip(f"NOT CHECKED IN A BROWSER: {found or 'Chromium'} does not start: {reason}")
         yield started
         started.close()
 
