@@ -131,7 +131,8 @@ def wait_for(page, expression):
 
 
 def top_of(name):
-    return f"document.querySelector('[data-name=\"{name}\"]')?.getBoundingClientRect().top < 300"
+    """Right below the tools, which stay on top: 8rem."""
+    return f"Math.abs(document.querySelector('[data-name=\"{name}\"]')?.getBoundingClientRect().top - 128) < 5"
 
 
 def names_of(count):
