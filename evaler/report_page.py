@@ -14,7 +14,8 @@ from core.environment import atomic_write, entry_point
 from evaler.arguments import split_settings
 from evaler.images import DISTRACTORS
 from evaler.post_processing import PostProcessing
-from evaler.report_content import FOLDERS, Run, Shown, own_page, revisited_page
+from evaler.report_content import FOLDERS, Run, own_page, revisited_page
+from evaler.report_pictures import Shown
 
 SOURCES = Path(__file__).parent / "page"
 OWN_QUERIES = 70  # images of one's own that are asked for, as many as ROxford has queries
