@@ -1,7 +1,7 @@
 #!/bin/sh
 # sh scripts/demo.sh
-# Makes the toy landmarks, scores an untrained network on them, trains it, and scores it again; a few minutes on two
-# CPU cores. Needs only python3 (>= 3.10) with venv: makes .venv first where there is none. What a former run has
+# Makes the toy landmarks, scores an untrained network on them, trains it, scores it again, and puts both on a page of
+# pictures; a few minutes on two CPU cores. Needs only python3 (>= 3.10) with venv: makes .venv first where there is none. What a former run has
 # finished is kept, what is missing is made again. PYTHON may name the interpreter.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -33,4 +33,6 @@ run train.py --cfg $config OUT_DIR output/demo/untrained OPTIM.MAX_EPOCH 0
 score untrained
 run train.py --cfg $config OUT_DIR output/demo/trained
 score trained
-printf '\nEverything lies in output/demo: data/toy (pictures), untrained.json and trained.json (scores), trained/ (checkpoints, descriptors).\n'
+run evaler/report.py --cfg $config --against output/demo/trained --out output/demo/report.html OUT_DIR output/demo/untrained
+printf '\nEverything lies in output/demo: data/toy (pictures), untrained.json and trained.json (scores), trained/ (checkpoints, descriptors);\n'
+printf 'report.html shows what each query found before and after: open it in a browser.\n'
