@@ -1,8 +1,8 @@
 #!/bin/sh
 # sh scripts/demo.sh
 # Makes the toy landmarks, scores an untrained network on them, trains it, scores it again, and puts both on a page of
-# pictures; a few minutes on two CPU cores. Needs only python3 (>= 3.10) with venv: makes .venv first where there is none. What a former run has
-# finished is kept, what is missing is made again. PYTHON may name the interpreter.
+# pictures; a few minutes on two CPU cores. Needs only python3 (>= 3.10) with venv: makes .venv first where there is
+# none. What a former run has finished is kept, what is missing is made again. PYTHON may name the interpreter.
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/scripts/environment.sh"

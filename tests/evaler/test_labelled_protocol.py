@@ -64,6 +64,25 @@ def test_against_a_loop():
     assert score["mAP"] == pytest.approx(100 * np.mean(aps)) and score["mAP@R"] == pytest.approx(100 * np.mean(at_r))
 
 
+def test_queries_of_another_set():
+    """q/a at 4: a/1 b/1 a/2 ...; q/b at 84: c/1 b/2 ...; nothing is d."""
+    asked = features(["q/a", "q/b", "q/d"], angles(4, 84, 0))
+    labels = {"q/a": "a", "q/b": "b", "q/d": "d"}
+    score = score_labelled(SET, labels_of_folders(NAMES), asked=(asked, labels), kappas=(1, 2))
+    assert (score["queries"], score["alone"], score["images"], score["labels"]) == (2, 1, 5, 3)
+    scores = asked.vectors.astype(np.float64) @ SET.vectors.astype(np.float64).T
+    aps = []
+    for row, label in zip(scores, "ab", strict=False):
+        right = [NAMES[i][0] == label for i in np.argsort(-row, kind="stable")]
+        aps.append(np.mean([sum(right[: k + 1]) / (k + 1) for k in range(5) if right[k]]))
+    assert score["mAP"] == pytest.approx(100 * np.mean(aps))
+    assert score["recall@1"] == 50 and score["recall@2"] == 100
+    with pytest.raises(ValueError, match="no query has a label that an image has"):
+        score_labelled(SET, labels_of_folders(NAMES), asked=(asked, dict.fromkeys(asked.names, "z")))
+    with pytest.raises(ValueError, match="no label of q/b, q/d, of 3 images"):
+        score_labelled(SET, labels_of_folders(NAMES), asked=(asked, {"q/a": "a"}))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -112,3 +131,17 @@ def test_the_command(tmp_path, capsys):
     assert out.splitlines()[2:] == done.stdout.splitlines()[2:]
     assert err.endswith("l.csv has labels of images that are not in the set: gone\n")
     assert json.loads((tmp_path / "score.json").read_text())["provenance"] == {"weights_sha256": "a"}
+
+
+def test_the_command_with_queries_apart(tmp_path, capsys):
+    save(tmp_path / "photos", "images", SET)
+    save(tmp_path / "queries", "images", features(["a/x", "b/y", "z/z"], angles(2, 49, 3)))
+    main([str(tmp_path / "photos"), "--queries", str(tmp_path / "queries")])
+    out, err = capsys.readouterr()
+    assert "2 queries of " in out and "1 have a label that no image has" in out and not err
+    assert "recall@1    100.00" in out
+    other = features(["a/x"], [[1, 0, 0]])
+    save(tmp_path / "other", "images", other)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "photos"), "--queries", str(tmp_path / "other")])
+    assert "differ in dimension (2 and 3)" in capsys.readouterr().err
