@@ -65,21 +65,21 @@ def test_against_a_loop():
 
 
 def test_queries_of_another_set():
-    """q/a at 4: a/1 b/1 a/2 ...; q/b at 84: c/1 b/2 ...; nothing is d."""
-    asked = features(["q/a", "q/b", "q/d"], angles(4, 84, 0))
-    labels = {"q/a": "a", "q/b": "b", "q/d": "d"}
+    """q/a at 4: a/1 b/1 a/2 ...; q/b at 84: c/1 b/2 ...; q/c at 20: c/1 last; nothing is d."""
+    asked = features(["q/a", "q/b", "q/c", "q/d"], angles(4, 84, 20, 0))
+    labels = {"q/a": "a", "q/b": "b", "q/c": "c", "q/d": "d"}
     score = score_labelled(SET, labels_of_folders(NAMES), asked=(asked, labels), kappas=(1, 2))
-    assert (score["queries"], score["alone"], score["images"], score["labels"]) == (2, 1, 5, 3)
+    assert (score["queries"], score["alone"], score["images"], score["labels"]) == (3, 1, 5, 3)
     scores = asked.vectors.astype(np.float64) @ SET.vectors.astype(np.float64).T
     aps = []
-    for row, label in zip(scores, "ab", strict=False):
+    for row, label in zip(scores, "abc", strict=False):
         right = [NAMES[i][0] == label for i in np.argsort(-row, kind="stable")]
         aps.append(np.mean([sum(right[: k + 1]) / (k + 1) for k in range(5) if right[k]]))
     assert score["mAP"] == pytest.approx(100 * np.mean(aps))
-    assert score["recall@1"] == 50 and score["recall@2"] == 100
+    assert score["recall@1"] == pytest.approx(100 / 3) and score["recall@2"] == pytest.approx(200 / 3)
     with pytest.raises(ValueError, match="no query has a label that an image has"):
         score_labelled(SET, labels_of_folders(NAMES), asked=(asked, dict.fromkeys(asked.names, "z")))
-    with pytest.raises(ValueError, match="no label of q/b, q/d, of 3 images"):
+    with pytest.raises(ValueError, match="no label of q/b, q/c, q/d, of 4 images"):
         score_labelled(SET, labels_of_folders(NAMES), asked=(asked, {"q/a": "a"}))
 
 
