@@ -23,18 +23,20 @@ class AttentionError(ValueError):
 
 
 def load_network(provenance: dict, *, weights: str = "", device: str = "cpu") -> DOLG:
-    """The network that made descriptors, in eval mode, from the file that their provenance or `weights` names.
+    """The network that made descriptors, in eval mode, from the file that their provenance tells or `weights` names.
 
-    Raises `AttentionError` if the file is not there or another one than was used, or the network has no local branch.
+    Raises `AttentionError` if neither is the file that was used, or the network has no local branch.
     """
-    path = Path(weights or provenance.get("weights") or "unknown")
-    if not path.is_file():
-        raise AttentionError(f"{path}: no such weights; name them in TEST.WEIGHTS")
-    if sha256_file(path) != provenance.get("weights_sha256"):
-        raise AttentionError(f"{path}: not the weights the set was described with (sha256)")
+    told = provenance.get("weights")
+    places = [Path(place) for place in (told, weights) if place and Path(place).is_file()]
+    if not places:
+        raise AttentionError(f"{weights or told}: no such weights; name them in TEST.WEIGHTS")
+    paths = [path for path in places if sha256_file(path) == provenance.get("weights_sha256")]
+    if not paths:
+        raise AttentionError(f"{places[-1]}: not the weights the set was described with (sha256)")
     if provenance.get("fusion") == "global":
-        raise AttentionError(f"{path}: a global-only network has no local branch")
-    cfg = _cfg_of(path, provenance)
+        raise AttentionError(f"{paths[0]}: a global-only network has no local branch")
+    cfg = _cfg_of(paths[0], provenance)
     network = build_descriptor(cfg)
     load_tested_weights(cfg, network)
     return network.to(device).eval()

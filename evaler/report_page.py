@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.top < 1 or (args.queries or 0) < 0:
         parser.error("--top must be at least 1, --queries 0 or more")
+    if args.out and args.out.suffix != ".html":
+        parser.error(f"--out {args.out}: must end with .html")
     cfg = load_cfg(args.cfg, settings)
     post = PostProcessing.of(cfg)
     own = bool(cfg.INFER.IMAGES)

@@ -322,9 +322,8 @@ function show() {
   arrange();
 }
 function goToAddress() {
-  const name = location.hash.startsWith("#query-") ? decodeURIComponent(location.hash.slice(7)) : null;
-  if (!blocks.has(name)) return;
-  const block = blocks.get(name);
+  const block = [...blocks.values()].find((one) => "#" + one.element.id === location.hash);
+  if (!block) return;
   if (!block.element.isConnected) { $("filter").value = ""; $("only").value = "all"; arrange(); }
   fill(block.element, block.query);
   block.drawn = state.setting;

@@ -157,6 +157,7 @@ def test_what_is_missing_is_said_and_left_blank(runs, tmp_path, capsys):
     for image in ("query0", "image3"):
         (tmp_path / "data" / "toy" / "jpg" / f"{image}.jpg").unlink()
     more = ["INFER.DATA_DIR", str(tmp_path / "data"), "TEST.WEIGHTS", str(tmp_path / "none.pyth")]
+    (root / "one.pyth").rename(tmp_path / "moved.pyth")
     main([*with_options(arguments, "--out", tmp_path / "page.html"), *more])
     content = content_of(tmp_path / "page.html")
     assert content["queries"][0]["photo"] is None and content["queries"][1]["photo"]
@@ -165,6 +166,18 @@ def test_what_is_missing_is_said_and_left_blank(runs, tmp_path, capsys):
     assert "note: 1 of 9 results have no picture here: " in told and "image3.jpg: no such file" in told
     assert "1 of 4 queries have no picture here" in told and "none.pyth: no such weights" in told
     assert len(content["notes"]) == 3
+    # Found where TEST.WEIGHTS says, if they are the same.
+    for name, message in (("moved", ""), ("other", "not the weights the set was described with")):
+        shutil.copy(root / "two.pyth", tmp_path / "other.pyth")
+        main(
+            [*with_options(arguments, "--out", tmp_path / "page.html"), "TEST.WEIGHTS", str(tmp_path / f"{name}.pyth")]
+        )
+        content = content_of(tmp_path / "page.html")
+        assert bool(content["queries"][0]["heat"][0]) == (not message) and message in "".join(content["notes"])
+    (tmp_path / "moved.pyth").rename(root / "one.pyth")
+    # What is named for one run does not take the other's away.
+    main([*with_options(arguments, "--out", tmp_path / "page.html"), "TEST.WEIGHTS", str(root / "two.pyth")])
+    assert content_of(tmp_path / "page.html")["queries"][0]["heat"][0]
 
 
 def test_before_and_after_post_processing(runs, capsys):
