@@ -1,5 +1,7 @@
 """Scoring: known values through files and a real process, and one line for each thing that is wrong with them."""
 
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -65,13 +67,24 @@ def place(tmp_path):
     return tmp_path
 
 
-def evaluate(place, *overrides, cwd=None):
-    command = [sys.executable, str(ROOT / "evaler" / "evaluate.py"), "--cfg", str(place / "cfg.yaml"), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd or place)
+def evaluate(place, *overrides):
+    """The command, in this process."""
+    arguments, code, out, err = ["--cfg", str(place / "cfg.yaml"), *overrides], 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as ended:
+            code = ended.code
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def evaluate_as_process(place, *, cwd):
+    command = [sys.executable, str(ROOT / "evaler" / "evaluate.py"), "--cfg", str(place / "cfg.yaml")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd)
 
 
 def test_the_command_prints_a_table_and_writes_json(place):
-    result = evaluate(place)
+    result = evaluate_as_process(place, cwd=place)
     assert (result.returncode, result.stderr) == (0, "")
     lines = [line.split() for line in result.stdout.splitlines() if line]
     assert " ".join(lines[0]) == "tiny: 2 queries (cropped), 6 database images"
@@ -99,7 +112,7 @@ def test_the_order_on_disk_does_not_matter(place):
     whole, rows = database(), [3, 0, 5, 1, 4, 2]
     shuffled = Features([IMAGES[i] for i in rows], whole.vectors[rows], whole.sizes[rows], whole.provenance)
     save(place / "out" / "features" / "tiny", "database", shuffled)
-    assert evaluate(place, cwd="/").stdout == expected
+    assert evaluate_as_process(place, cwd="/").stdout == expected
 
 
 DISTRACTING = [[0.8, 0, 0.6], [0, 0, 1.0], [0.6, 0.8, 0]]  # first, nowhere, and first for q1 and second for q0
