@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 
 from core.environment import FAILURE_EXIT_CODE, USER_ERROR_EXIT_CODE, ending, exit_on_signals
 from core.interrupt import Stopped
+from core.terminal import safe_streams
 
 Work = Callable[[CfgNode], None]
 GRACE = 5.0  # seconds for the other processes to end by themselves, when one has failed
@@ -200,7 +201,8 @@ def _spawned(rank: int, work: Work, cfg: CfgNode, world: int, reports: mp.Simple
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     exit_on_signals()
     try:
-        join(work, cfg, rank, world, rank)
+        with safe_streams():
+            join(work, cfg, rank, world, rank)
     except Exception as error:
         code, line = ending(error) or (FAILURE_EXIT_CODE, "")
         reports.put(Report(code, line, f"process {rank}:\n{traceback.format_exc()}"))

@@ -254,3 +254,60 @@ def test_code_version_outside_a_checkout(tmp_path, monkeypatch):
     code_version.cache_clear()
     assert code_version() == "unknown"
     code_version.cache_clear()
+
+
+HOSTILE = "a\x1b]0;owned\x07\x9b2J\u202e\x7f.jpg"
+
+
+def test_names_never_control_the_terminal(capsys):
+    @entry_point
+    def main():
+        print("found", HOSTILE, end="\t|\n")
+        print(f"note: {HOSTILE}", file=sys.stderr)
+        raise ValueError(f"{HOSTILE}\nerror: forged: a second line")
+
+    with pytest.raises(SystemExit):
+        main()
+    escaped = r"a\x1b]0;owned\x07\x9b2J\u202e\x7f.jpg"
+    out, err = capsys.readouterr()
+    assert out == f"found {escaped}\t|\n"
+    assert err == f"note: {escaped}\nerror: {escaped} error: forged: a second line\n"
+
+
+def test_what_the_streams_were_comes_back_after_a_command(capsys):
+    before = sys.stdout, sys.stderr
+    errors = sys.stdout.errors
+    entry_point(lambda: print("x"))()
+    assert (sys.stdout, sys.stderr) == before and sys.stdout.errors == errors
+
+
+def printing(text: str) -> list[str]:
+    return ["-c", f"from core.environment import entry_point\nentry_point(lambda: print({text!r}))()"]
+
+
+def test_a_letter_that_the_terminal_lacks_is_escaped():
+    command, env = [sys.executable, *printing("故宫 \udcff.jpg")], child_environment() | {"PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "\\u6545\\u5bab \\udcff.jpg\n")
+
+
+def test_stdout_that_takes_no_more_ends_a_command_in_one_line_or_quietly():
+    command = [sys.executable, *printing("x")]
+    more = {"cwd": ROOT, "env": child_environment(), "stderr": subprocess.PIPE, "text": True, "timeout": 60}
+    reading, writing = os.pipe()
+    os.close(reading)
+    gone = subprocess.run(command, stdout=writing, **more)
+    os.close(writing)
+    assert (gone.returncode, gone.stderr) == (141, "")
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, **more)
+    assert (ended.returncode, ended.stderr) == (2, "error: stdout: No space left on device\n")
+
+
+def test_stderr_that_takes_no_more_stops_nothing():
+    code = "import sys\nfrom core.environment import entry_point\n"
+    code += "entry_point(lambda: (print('note', file=sys.stderr), print('done')))()"
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        ended = subprocess.run(command, cwd=ROOT, env=child_environment(), stdout=subprocess.PIPE, stderr=full)
+    assert ended.stdout == b"done\n"
