@@ -14,6 +14,8 @@ from datasets.image_header import ImageError, Size
 _LENGTHS = {1: 1, 3: 2, 4: 4}  # BYTE, SHORT, LONG
 _MOST_VALUES = 2**20  # of one tag: strips or tiles
 _MOST_STRIP_BYTES = 3 * 2**26  # libtiff takes four times as much
+# Of all strips or tiles together when decompressed, at least 3 a pixel, with what tiles have beyond the picture's edges
+_MOST_BYTES = 3 * 2**27
 _BLOCK = 2**20
 _PLAIN, _DEFLATED = 1, (8, 32946)
 _COMPRESSIONS = (_PLAIN, *_DEFLATED, 2, 3, 4, 5, 7, 32773)  # fax, LZW, JPEG, PackBits
@@ -53,9 +55,11 @@ class Tiff:
         if _TILES in tags:
             self._starts, self._lengths = tags[_TILES], tags.get(_TILE_BYTES, [])
             rows, columns, all_rows = one(_TILE_HEIGHT), one(_TILE_WIDTH), 0
+            across = -(-self.size.width // max(1, columns))
         else:
             self._starts, self._lengths = tags.get(_STRIPS, []), tags.get(_STRIP_BYTES, [])
             rows, columns, all_rows = min(one(_ROWS, self.size.height), self.size.height), *self.size[::-1]
+            across = 1
         ends = (start + length for start, length in zip(self._starts, self._lengths, strict=False))
         if len(self._starts) != len(self._lengths) or max(ends, default=len(data) + 1) > len(data):
             raise ImageError("truncated TIFF")
@@ -63,11 +67,15 @@ class Tiff:
         together = samples if one(_PLANAR, 1) == 1 else 1
         self._row_bytes = -(-columns * together * max(bits) // 8)
         self._rows, self._all_rows, self._planes = rows, all_rows, samples // together
-        if rows == 0 or rows * columns * samples * max(bits) // 8 > _MOST_STRIP_BYTES:
+        if rows * columns == 0 or rows * columns * samples * max(bits) // 8 > _MOST_STRIP_BYTES:
             raise ImageError(f"a TIFF in pieces of no or more than {_MOST_STRIP_BYTES} bytes, not supported")
+        pieces = across * -(-self.size.height // rows)
+        self._pieces = pieces * self._planes
+        self._total = pieces * rows * max(self._planes * self._row_bytes, 3 * columns)
 
     def check_pixels(self) -> None:
-        """Raises ImageError if a strip or tile is known not to hold its pixels."""
+        """Raises ImageError if a strip or tile is known not to hold its pixels, or they would take too long."""
+        self._check_pieces()
         if self._colour == _YCBCR:  # its strips may be smaller: colours can be subsampled
             return
         plane = max(1, len(self._starts) // self._planes)
@@ -81,6 +89,17 @@ class Tiff:
                 whole = _inflates_to(memoryview(self._data)[start : start + length], expected)
             if not whole:
                 raise ImageError(f"damaged TIFF (its strip or tile {number} does not hold its pixels)")
+
+    def _check_pieces(self) -> None:
+        """Without this a small file of many tiles, all in one place, would be decompressed for days."""
+        if len(self._starts) != self._pieces:
+            raise ImageError(f"damaged TIFF ({len(self._starts)} strips or tiles, where its size needs {self._pieces})")
+        if sum(self._lengths) > len(self._data):
+            raise ImageError("damaged TIFF (its strips or tiles overlap)")
+        if self._total > _MOST_BYTES:
+            raise ImageError(
+                f"a TIFF of {self._total} bytes when decompressed, more than {_MOST_BYTES} (mend: make it smaller)"
+            )
 
 
 def _inflates_to(deflated: memoryview, expected: int) -> bool:

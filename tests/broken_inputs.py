@@ -323,6 +323,15 @@ def _tiffs() -> list[Kind]:
     second = struct.pack("<H", 2) + b"".join(struct.pack("<HHII", tag, 4, 1, 5) for tag in (256, 257)) + bytes(4)
     two_pages[following : following + 4] = struct.pack("<I", len(plain))
     largest = tiff(8192, 8192, [zeros(8192 * 8192 * 3)], rows=8192, changed={259: [8]})
+    tile = zeros(8192 * 8192 * 3)
+    deep = {258: [16] * 4, 259: [8], 277: [4], 338: [2]}
+
+    def tiled(width: int, height: int, tiles: int, *, apart: bool = False) -> bytes:
+        """Tiles of 8192 x 8192 pixels that share one compressed stream; `apart`: each has a copy."""
+        starts = [8 + apart * number * len(tile) for number in range(tiles)]
+        tags = {259: [8], 322: [8192], 323: [8192], 324: starts, 325: [len(tile)] * tiles}
+        return tiff(width, height, [tile] * (tiles if apart else 1), rows=1, changed=tags)
+
     return [
         _file("cut-at-half.tif", plain[: len(plain) // 2], "truncated TIFF"),
         _file("cut-in-directory.tif", plain[:-150], "truncated TIFF"),
@@ -345,6 +354,15 @@ def _tiffs() -> list[Kind]:
         _file("compressed-by-jbig.tif", changed({259: [34661]}), "compression 34661, not supported"),
         _file("begins-with-a-thumbnail.tif", changed({254: [1]}), "begins with a thumbnail"),
         _file("big.tif", b"II\x2b\0" + plain[4:], "a BigTIFF file, not a JPEG"),
+        _file("more-tiles-than-needed.tif", tiled(64, 64, 100), "100 strips or tiles, where its size needs 1"),
+        _file("tiles-in-one-place.tif", tiled(1, 65_000, 8), "its strips or tiles overlap"),
+        _file("one-column-of-tiles.tif", tiled(1, 65_000, 8, apart=True), "1610612736 bytes when decompressed"),
+        _file("flatter-than-its-strips.tif", changed({257: [30]}), "3 strips or tiles, where its size needs 2"),
+        _file(
+            "largest-of-16-bits-and-alpha.tif",
+            tiff(8192, 8192, [zeros(8192 * 1024 * 8)] * 8, rows=1024, changed=deep),
+            "536870912 bytes when decompressed",
+        ),
         _file("two-pages.tif", bytes(two_pages) + second, pixels=image),
         _file("deflated.tif", changed({259: [8]}, deflated), pixels=image),
         _file("turned.tif", changed({274: [6]}), pixels=np.rot90(image, -1)),
