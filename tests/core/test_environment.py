@@ -245,6 +245,49 @@ def test_code_version_is_asked_for_once(checkout):
     assert code_version() == before
 
 
+def test_code_version_does_not_follow_the_environment(checkout, tmp_path, tmp_path_factory, monkeypatch):
+    """As inside a hook of another repository, or a shell with these variables."""
+    _, git = checkout
+    other = tmp_path_factory.mktemp("other")
+    subprocess.run(["git", "clone", "-q", str(tmp_path), str(other)], check=True, capture_output=True)
+    identity = ["-c", "user.name=n", "-c", "user.email=n@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "y"], cwd=other, check=True)
+    commit = git("rev-parse", "HEAD")
+    for name, value in {
+        "GIT_DIR": other / ".git",
+        "GIT_WORK_TREE": other,
+        "GIT_INDEX_FILE": other / ".git" / "index",
+        "GIT_COMMON_DIR": other / ".git",
+        "GIT_OBJECT_DIRECTORY": other / ".git" / "objects",
+        "GIT_CEILING_DIRECTORIES": tmp_path.parent,
+        "GIT_NAMESPACE": "x",
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, str(value))
+            code_version.cache_clear()
+            assert code_version() == commit[:12], name
+
+
+def test_code_version_is_the_same_in_every_clone(checkout, tmp_path, tmp_path_factory, monkeypatch):
+    """Tags, which a shallow clone lacks, do not show; nor does a work tree that is linked."""
+    _, git = checkout
+    git("tag", "-a", "-m", "t", "v1.0")
+    git("commit", "-q", "--allow-empty", "-m", "y")
+    for options in (["clone", "-q", "--depth=1", f"file://{tmp_path}"], ["-C", tmp_path, "worktree", "add", "-q"]):
+        clone = tmp_path_factory.mktemp("clone") / "inner"
+        subprocess.run(["git", *map(str, options), str(clone)], check=True, capture_output=True)
+        monkeypatch.setattr(environment, "ROOT", clone)
+        code_version.cache_clear()
+        assert code_version() == git("rev-parse", "HEAD")[:12]
+
+
+def test_code_version_inside_a_repository_of_someone_else(checkout, tmp_path, monkeypatch):
+    (tmp_path / "downloads" / "copy").mkdir(parents=True)
+    monkeypatch.setattr(environment, "ROOT", tmp_path / "downloads" / "copy")
+    code_version.cache_clear()
+    assert code_version() == "unknown"
+
+
 def test_code_version_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
