@@ -2,7 +2,7 @@
 
 import functools
 
-from core.config import load_cfg_from_args
+from core.arguments import load_cfg_from_args
 from core.environment import entry_point
 from core.launch import launch
 from core.output import output_folder

@@ -1,10 +1,9 @@
 """Every configuration key, its default and what it does.
 
 The key names are those of pycls and of the published DOLG code, so old YAML files load as they are. Where a default
-differs from the published one the comment says so. Paths are relative to the working directory.
+differs from the published one the comment says so. Paths are relative to the working directory; `~` is the home folder.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from core.config_checks import check
-from core.config_values import ConfigError, merge_overrides, merge_yaml
+from core.config_values import ConfigError, find, is_ignored, merge_overrides, merge_yaml, suggestion
 
 _C = CfgNode()
 
@@ -176,6 +175,19 @@ _C.RNG_SEED = 1  # of initial weights, sample order and augmentation
 _C.DOWNLOAD_CACHE = "~/.cache/dolg"  # where weights given by address are kept (the release's default was in /tmp)
 
 
+# Keys whose values are files or folders (or, for some, addresses). DOWNLOAD_CACHE's `~` stays in a saved configuration.
+PATHS = (
+    "TRAIN.WEIGHTS",
+    "TEST.WEIGHTS",
+    "DATA_LOADER.DATA_DIR",
+    "INFER.DATA_DIR",
+    "INFER.IMAGES",
+    "SCORE.WHITENING",
+    "SEARCH.URI",
+    "OUT_DIR",
+)
+
+
 def get_cfg() -> CfgNode:
     """Return a fresh, unfrozen copy of the defaults."""
     return _C.clone()
@@ -191,6 +203,7 @@ def load_cfg(path: str | os.PathLike | None, overrides: list[str] | tuple[str, .
     notes = merge_yaml(cfg, Path(path), defaults=defaults) if path is not None else []
     notes += merge_overrides(cfg, list(overrides), defaults=defaults)
     check(cfg)
+    _expand_paths(cfg)
     cfg.freeze()
     if os.environ.get("RANK", "0") == "0":
         for note in dict.fromkeys(notes):
@@ -198,13 +211,33 @@ def load_cfg(path: str | os.PathLike | None, overrides: list[str] | tuple[str, .
     return cfg
 
 
-def load_cfg_from_args(description: str, argv: list[str] | None = None) -> CfgNode:
-    """Parse `--cfg FILE [KEY VALUE ...]`; see `load_cfg`."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of settings")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="settings that win over FILE")
-    args = parser.parse_args(argv)
-    return load_cfg(args.cfg, args.overrides)
+def is_known(key: str) -> bool:
+    """Whether a dotted name is a setting, or a key of old YAML files that is accepted and ignored."""
+    value = find(_C, key)
+    return not (value is None or isinstance(value, CfgNode)) or is_ignored(key)
 
 
-__all__ = ["ConfigError", "get_cfg", "load_cfg", "load_cfg_from_args"]
+def is_section(name: str) -> bool:
+    """Whether keys may begin with this name: TRAIN, OPTIM, ..."""
+    return isinstance(find(_C, name), CfgNode) or is_ignored(name)
+
+
+def nearest(key: str) -> str:
+    """What may have been meant by an unknown key, as the end of a message."""
+    return suggestion(_C, key)
+
+
+def _expand_paths(cfg: CfgNode) -> None:
+    """Put the home folder for a leading `~`: a shell does so for some values of KEY VALUE, and never in a YAML file."""
+    for key in PATHS:
+        section, _, name = key.rpartition(".")
+        node = find(cfg, section) if section else cfg
+        if not node[name].isprintable():
+            raise ConfigError(f"{key} {node[name]!a}: a path with control characters is most likely a mistake")
+        expanded = os.path.expanduser(node[name])
+        if expanded.startswith("~"):
+            raise ConfigError(f"{key} {node[name]}: there is no user of that name")
+        node[name] = expanded
+
+
+__all__ = ["ConfigError", "get_cfg", "is_known", "is_section", "load_cfg", "nearest"]

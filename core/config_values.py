@@ -68,7 +68,7 @@ def _merge_tree(cfg: CfgNode, defaults: CfgNode, tree: dict, prefix: str, source
     notes = []
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key not in IGNORED and isinstance(value, dict) and isinstance(_find(defaults, key), CfgNode):
+        if key not in IGNORED and isinstance(value, dict) and isinstance(find(defaults, key), CfgNode):
             notes += _merge_tree(cfg, defaults, value, f"{key}.", source)
         else:
             notes += _set(cfg, defaults, key, value, source)
@@ -81,7 +81,7 @@ def merge_overrides(cfg: CfgNode, overrides: list[str], *, defaults: CfgNode) ->
         raise ConfigError(f"settings are given as KEY VALUE pairs, but {overrides[-1]!r} stands alone")
     notes = []
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
-        value = text if isinstance(_find(defaults, key), str) else _literal(text)
+        value = text if isinstance(find(defaults, key), str) else _literal(text)
         notes += _set(cfg, defaults, key, value, "the command line")
     return notes
 
@@ -93,7 +93,12 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _find(cfg: CfgNode, key: str) -> Any:
+def is_ignored(key: str) -> str:
+    """The part of a dotted key, from its beginning, that stands in `IGNORED`; empty where none does."""
+    return next((ignored for ignored in IGNORED if f"{key}.".startswith(f"{ignored}.")), "")
+
+
+def find(cfg: CfgNode, key: str) -> Any:
     """The value at a dotted key, None where there is none (no default is None)."""
     node = cfg
     for name in key.split("."):
@@ -104,16 +109,16 @@ def _find(cfg: CfgNode, key: str) -> Any:
 
 
 def _set(cfg: CfgNode, defaults: CfgNode, key: str, value: Any, source: str) -> list[str]:
-    for ignored, why in IGNORED.items():
-        if key == ignored or key.startswith(f"{ignored}."):
-            return [f"{source}: {ignored} is ignored: {why}"]
-    default = _find(defaults, key)
+    ignored = is_ignored(key)
+    if ignored:
+        return [f"{source}: {ignored} is ignored: {IGNORED[ignored]}"]
+    default = find(defaults, key)
     if default is None:
-        raise ConfigError(f"{source}: unknown key {key}{_nearest(defaults, key)}")
+        raise ConfigError(f"{source}: unknown key {key}{suggestion(defaults, key)}")
     if isinstance(default, CfgNode):
         raise ConfigError(f"{source}: {key} is a section, give one of its keys: {', '.join(default)}")
     section, _, name = key.rpartition(".")
-    node = _find(cfg, section) if section else cfg
+    node = find(cfg, section) if section else cfg
     if key == "MODEL.HEADS.CLS_LAYER" and value == NEVER_READ_CLS_LAYER:
         node[name] = default
         return [f"{source}: {key} {value} was never read by the published code; the default {default} is used"]
@@ -121,7 +126,8 @@ def _set(cfg: CfgNode, defaults: CfgNode, key: str, value: Any, source: str) -> 
     return []
 
 
-def _nearest(cfg: CfgNode, key: str) -> str:
+def suggestion(cfg: CfgNode, key: str) -> str:
+    """What may have been meant by an unknown key, as the end of a message."""
     known = list(_keys(cfg)) + list(IGNORED)
     near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.5)
     if not near:  # the right name in the wrong section

@@ -1,6 +1,5 @@
 """Weights given by address: download over http(s), continue what was broken off, keep what is complete."""
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -18,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+from core.arguments import Parser
 from core.environment import atomic_write, entry_point, sha256_file
 
 TIMEOUT = 60  # seconds without a byte after which a server counts as lost
@@ -215,7 +215,7 @@ def _one_line(error: Exception) -> str:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Download one file over http(s); run again to go on after a break.")
+    parser = Parser(description="Download one file over http(s); run again to go on after a break.")
     parser.add_argument("url")
     parser.add_argument("file", type=Path)
     parser.add_argument("--sha256", help="refuse a file with another checksum")

@@ -1,11 +1,11 @@
 """Curves of training runs in a PNG: loss, errors, learning rate and mAP (entry file: scripts/plot_run.py)."""
 
-import argparse
 import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.arguments import Parser
 from core.environment import atomic_write, entry_point
 from core.run_panels import COLOURS, DASHES, MARKED, MARKERS, panel_rows
 from core.run_records import RunCurves, read_run, run_names
@@ -36,7 +36,7 @@ STYLE = {
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="plot_run.py",
         description="Draw loss, top-1 error, learning rate and mAP of up to eight training runs, from the json_stats "
         "lines of their logs. Where a run was resumed, what it did again replaces what it had done before.",

@@ -1,9 +1,7 @@
-"""What the arguments of commands mean: a place where descriptors lie, settings behind file names."""
+"""Resolve a feature folder named on a command line."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from core.config import get_cfg
 from evaler.features import FeaturesError
 
 SEARCHED = ("images", "database", "distractors")  # in a folder that is named without a collection
@@ -24,20 +22,3 @@ def find_collection(place: Path) -> tuple[Path, str]:
     if len(found) > 1:
         raise FeaturesError(f"{place}: holds {' and '.join(found)}; name one of them: {place / found[0]}")
     return place, found[0]
-
-
-def split_settings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Arguments before the first that is a configuration's key, and `KEY VALUE ...` from there on."""
-    for position, argument in enumerate(arguments):
-        if _is_key(argument):
-            return list(arguments[:position]), list(arguments[position:])
-    return list(arguments), []
-
-
-def _is_key(text: str) -> bool:
-    node = get_cfg()
-    for part in text.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return False
-        node = node[part]
-    return not isinstance(node, dict)

@@ -1,12 +1,12 @@
 """Two scores of one set: by how much they differ, whether chance would do as much, and which queries changed."""
 
-import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from core.arguments import Parser
 from core.environment import entry_point, write_json
 from evaler.score import SETTING_NAMES
 
@@ -129,7 +129,7 @@ def table(result: dict, *, most: int) -> str:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Compare two scores of one set, query by query.")
+    parser = Parser(description="Compare two scores of one set, query by query.")
     parser.add_argument("a", type=Path, metavar="A.json", help="OUT_DIR/scores/<set>.json of one run")
     parser.add_argument("b", type=Path, metavar="B.json", help="and of the other")
     parser.add_argument(

@@ -68,7 +68,7 @@ def load(
     and `DownloadError`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = local_path(weights, Path(get_cfg().DOWNLOAD_CACHE).expanduser())
+    path = local_path(os.path.expanduser(weights), Path(get_cfg().DOWNLOAD_CACHE).expanduser())
     cfg = load_cfg(None, [*settings_of(path), "TEST.WEIGHTS", str(path), "NUM_GPUS", "0", *settings])
     network = build_descriptor(cfg)
     load_tested_weights(cfg, network)

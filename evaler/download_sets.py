@@ -4,13 +4,13 @@ DATA_DIR/<set>/ holds the list of the images (gnd_roxford5k.pkl, revisitop1m.txt
 it is unpacked, and unpacked.json, the archives that have been.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.arguments import Parser
 from core.download import download
 from core.environment import ROOT, atomic_write, entry_point
 from core.lock import InUse, folder_lock
@@ -159,7 +159,7 @@ def _read_state(path: Path) -> dict:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="download_revisitop.sh",
         description="Download retrieval sets and check that they are complete; run again to go on after a break.",
         epilog=f"Mirrors may be named in the environment: {' '.join(BASE_URLS)}.",

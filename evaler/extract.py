@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
+from core.arguments import load_cfg_from_args
 from core.builders import build_descriptor, load_tested_weights
-from core.config import load_cfg_from_args
 from core.counter import Counter
 from core.environment import code_version, entry_point, sha256_file
 from core.output import check_writable

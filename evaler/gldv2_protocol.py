@@ -5,13 +5,13 @@ images, Usage) and `recognition_solution_v2.1.csv` (id, landmarks, Usage) at
 https://github.com/cvdfoundation/google-landmark. Usage is Public or Private, which are scored apart, or Ignored.
 """
 
-import argparse
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from core.arguments import Parser
 from core.environment import entry_point, write_json
 from datasets.list_sources import SourceError, csv_rows, landmark_name, read_csv
 from evaler.arguments import find_collection
@@ -136,7 +136,7 @@ def _of(queries: Features, wanted: Mapping[str, object]) -> np.ndarray:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Score descriptors by the protocols of Google Landmarks v2.")
+    parser = Parser(description="Score descriptors by the protocols of Google Landmarks v2.")
     parser.add_argument("task", choices=["retrieval", "recognition"])
     parser.add_argument("solution", type=Path, metavar="SOLUTION.csv", help="the official solution of the task")
     parser.add_argument("queries", type=Path, metavar="QUERIES", help="OUT_DIR/features/<set> of the test images")

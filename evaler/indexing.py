@@ -1,13 +1,13 @@
 """What is searched faster than by looking at every image: building it, and putting more images into a set."""
 
-import argparse
 import sys
 from pathlib import Path
 
+from core.arguments import Parser, parse
 from core.config import load_cfg
 from core.environment import entry_point
 from evaler import faiss_index, milvus_index
-from evaler.arguments import find_collection, split_settings
+from evaler.arguments import find_collection
 from evaler.features import Features, FeaturesError, load, read_manifest, some, write
 from evaler.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, differing_keys
 
@@ -47,14 +47,13 @@ def add(folder: Path, collection: str, other: Path) -> int:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Build the faiss index SEARCH.INDEX of an extracted set, or insert it into the database SEARCH.URI."
     )
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--cfg", required=True, type=Path, metavar="FILE", help="YAML file of settings")
     parser.add_argument("--add", type=Path, metavar="OTHER", help="first add the images of this extracted set")
     parser.add_argument("index", type=Path, metavar="INDEX", help="OUT_DIR/features/<set>; behind it KEY VALUE ...")
-    arguments, settings = split_settings(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(arguments)
+    args, settings = parse(parser, argv)
     cfg = load_cfg(args.cfg, settings)
     if not (cfg.SEARCH.INDEX or cfg.SEARCH.URI or args.add):
         raise ValueError("SEARCH.INDEX is empty, which is exact search and needs no index; name a factory string")

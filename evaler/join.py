@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from core.config import load_cfg_from_args
+from core.arguments import load_cfg_from_args
 from core.environment import entry_point
 from core.lock import folder_lock
 from core.progress import progress

@@ -1,13 +1,13 @@
 """Scores of a set of one's own, whose images carry labels: each image is asked for the others of its label, or those of
 another set are asked for them."""
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from core.arguments import Parser
 from core.environment import entry_point, write_json
 from datasets.list_sources import read_csv
 from evaler.arguments import find_collection
@@ -104,7 +104,7 @@ def _load(place: Path, csv: Path | None) -> tuple[Features, dict[str, str]]:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Score an extracted set whose images have labels.")
+    parser = Parser(description="Score an extracted set whose images have labels.")
     parser.add_argument("index", type=Path, metavar="INDEX", help="OUT_DIR/features/<set>, or <set>/<collection>")
     parser.add_argument("--labels", type=Path, metavar="CSV", help="columns path,label (default: folders are labels)")
     parser.add_argument(

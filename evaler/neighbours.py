@@ -1,6 +1,5 @@
 """Search of an extracted set by photographs: the command, and what it does as functions."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from yacs.config import CfgNode
 
+from core.arguments import Parser, parse
 from core.config import load_cfg
 from core.environment import entry_point, sha256_file, write_json
 from evaler import faiss_index, milvus_index
-from evaler.arguments import find_collection, split_settings
+from evaler.arguments import find_collection
 from evaler.extract import load_network
 from evaler.extraction_job import limits_of
 from evaler.features import Features, FeaturesError, load
@@ -60,14 +60,13 @@ def with_weights_of(path: str, settings: list[str], features: Features) -> CfgNo
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Find the images of an extracted set that are most like photographs.")
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of settings")
+    parser = Parser(description="Find the images of an extracted set that are most like photographs.")
+    parser.add_argument("--cfg", required=True, type=Path, metavar="FILE", help="YAML file of settings")
     parser.add_argument("--top", type=int, default=10, metavar="K", help="images to find for each (default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what is found here")
     parser.add_argument("index", type=Path, metavar="INDEX", help="OUT_DIR/features/<set>, or <set>/<collection>")
     parser.add_argument("queries", type=Path, nargs="+", metavar="QUERY", help="photographs; behind them KEY VALUE ...")
-    arguments, settings = split_settings(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(arguments)
+    args, settings = parse(parser, argv)
     if args.top < 1:
         parser.error(f"--top {args.top}: must be at least 1")
     folder, collection = find_collection(args.index)

@@ -1,6 +1,5 @@
 """One HTML page of a set that works from a file, without a network: scores, curves, ranked lists, attention."""
 
-import argparse
 import base64
 import hashlib
 import json
@@ -9,9 +8,9 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
+from core.arguments import Parser, parse
 from core.config import load_cfg
 from core.environment import atomic_write, entry_point
-from evaler.arguments import split_settings
 from evaler.images import DISTRACTORS
 from evaler.post_processing import PostProcessing
 from evaler.report_content import FOLDERS, Run, own_page, revisited_page
@@ -35,10 +34,10 @@ def page_bytes(content: Mapping) -> bytes:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write a page with scores, curves and ranked lists of INFER.DATASETS, or of INFER.IMAGES."
     )
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="YAML file of settings; KEY VALUE ... at the end")
+    parser.add_argument("--cfg", required=True, type=Path, metavar="FILE", help="YAML file of settings")
     parser.add_argument("--against", type=Path, metavar="OUT_DIR", help="a second run, shown beside that in OUT_DIR")
     parser.add_argument("--unprocessed", action="store_true", help="beside SCORE's post-processing show none")
     parser.add_argument("--top", type=int, default=20, metavar="K", help="results shown of each query (default 20)")
@@ -50,8 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--no-attention", action="store_true", help="leave the attention maps out")
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="default: OUT_DIR/reports/<set>.html")
-    arguments, settings = split_settings(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(arguments)
+    args, settings = parse(parser, argv)
     if args.top < 1 or (args.queries or 0) < 0:
         parser.error("--top must be at least 1, --queries 0 or more")
     if args.out and args.out.suffix != ".html":

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from yacs.config import CfgNode
 
-from core.config import load_cfg_from_args
+from core.arguments import load_cfg_from_args
 from core.environment import entry_point, sha256_file, write_json
 from evaler.card import line, make_card, network_name, published, with_distractors
 from evaler.features import Features, align, check_length, load, read_manifest

@@ -3,7 +3,6 @@
 Jegou and Chum, Negative evidences and co-occurences in image retrieval: the benefit of PCA and whitening, ECCV 2012.
 """
 
-import argparse
 import json
 import zipfile
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from core.arguments import Parser
 from core.environment import atomic_write, entry_point
 from evaler.arguments import find_collection
 from evaler.features import check_length, chunks, load, read_manifest
@@ -91,7 +91,7 @@ def read(path: Path) -> Whitening:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Learn PCA whitening on an extracted set; use it with SCORE.WHITENING."
     )
     parser.add_argument("learned_on", type=Path, metavar="SET", help="OUT_DIR/features/<set>, or <set>/<collection>")

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.arguments import split_settings
 from evaler import extract, faiss_index, features, indexing, neighbours
-from evaler.arguments import find_collection, split_settings
+from evaler.arguments import find_collection
 from evaler.features import Features, FeaturesError, save
 from tests.evaler.test_describer import MODELS, write_weights
 from tests.small_run import ROOT, child_environment, overrides, photograph, write_image
@@ -178,12 +179,6 @@ def test_which_collection_a_place_means(tmp_path, monkeypatch):
     save(tmp_path, "database", some_features(["a"]))
     with pytest.raises(FeaturesError, match="holds images and database; name one of them"):
         find_collection(tmp_path)
-
-
-def test_settings_behind_photographs():
-    assert split_settings(["a", "SEARCH.jpg", "NUM_GPUS", "0"]) == (["a", "SEARCH.jpg"], ["NUM_GPUS", "0"])
-    assert split_settings(["SEARCH", "INFER.SCALES", "[1]"]) == (["SEARCH"], ["INFER.SCALES", "[1]"])
-    assert split_settings(["a"]) == (["a"], [])
 
 
 def test_the_entry_files(tmp_path):
