@@ -1,17 +1,18 @@
 """Train DOLG: python train.py --cfg FILE [KEY VALUE ...]"""
 
-import functools
-
-from core.arguments import load_cfg_from_args
 from core.environment import entry_point
-from core.launch import launch
-from core.output import output_folder
-from core.trainer import train
-from evaler.during_training import check_sets, score_sets
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
+    import functools
+
+    from core.arguments import load_cfg_from_args  # here: a missing package is told in one line
+    from core.launch import launch
+    from core.output import output_folder
+    from core.trainer import train
+    from evaler.during_training import check_sets, score_sets
+
     cfg = load_cfg_from_args("Train DOLG.", argv)
     check_sets(cfg)
     with output_folder(cfg):
@@ -19,4 +20,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from core.door import run
+
+    run("train")

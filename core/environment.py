@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from core.door import missing_package
 from core.terminal import BROKEN_PIPE_EXIT_CODE, STDOUT, one_line, safe_streams, silence_stdout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +47,8 @@ def ending(error: Exception) -> tuple[int, str] | None:
         return USER_ERROR_EXIT_CODE, str(error)
     if isinstance(error, OSError) and error.filename is not None:  # a folder that cannot be written, a full disk
         return USER_ERROR_EXIT_CODE, f"{error.filename}: {error.strerror}"
+    if isinstance(error, ImportError) and (missing := missing_package(error)):
+        return USER_ERROR_EXIT_CODE, missing
     if isinstance(error, FloatingPointError):  # a loss that is not finite
         return FAILURE_EXIT_CODE, str(error)
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # PyTorch's words

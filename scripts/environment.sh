@@ -21,6 +21,11 @@ has_pip() {
     "$1" -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 }
 
+# is_python COMMAND: not every command that ends well is one
+is_python() {
+    [ "$("$1" -c 'print("python")' 2>/dev/null)" = python ]
+}
+
 # ready FILE...: .venv works and holds these requirement files as they are now
 ready() {
     [ ! -e "$venv/unfinished" ] || return 1
@@ -46,6 +51,7 @@ make_environment() {
     command -v "$maker" >/dev/null 2>&1 || fail "$maker not found: install Python 3.10 or newer, or name one in PYTHON"
     "$maker" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "$maker is $("$maker" -V 2>&1); Python 3.10 or newer is needed, PYTHON may name one"
+    is_python "$maker" || fail "$maker is no Python: name one in PYTHON"
     "$maker" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$maker has no venv module: install it (Debian and Ubuntu: apt-get install python3-venv)"
 
@@ -76,14 +82,9 @@ install() {
 }
 
 find_python() {
-    python=${PYTHON:-}
-    if [ -n "$python" ]; then
-        command -v "$python" >/dev/null 2>&1 || fail "PYTHON is $python, which cannot be run"
-    elif [ -x "$root/.venv/bin/python" ] && [ ! -e "$root/.venv/unfinished" ]; then
+    python=${PYTHON:-python3}
+    if [ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ] && [ ! -e "$root/.venv/unfinished" ]; then
         python=$root/.venv/bin/python
-    else
-        python=python3
-        "$python" -c 'import tqdm, yacs' 2>/dev/null ||
-            fail "python3 lacks the packages of requirements.txt: install them, or run sh scripts/test.sh, which makes .venv"
     fi
+    is_python "$python" || fail "$python is no Python that runs: name one in PYTHON, or run sh scripts/test.sh, which makes .venv"
 }

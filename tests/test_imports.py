@@ -29,8 +29,8 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[ast.AST, str]]:
             yield from ((node, ".".join([*base, alias.name])) for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in ("import_module", "__import__"):
-                yield node, str(node.args[0].value)
+            if called in ("import_module", "__import__", "run") and isinstance(node.args[0].value, str):
+                yield node, node.args[0].value
 
 
 def main_guard(tree: ast.Module) -> ast.If | None:
@@ -66,7 +66,10 @@ def violations(sources: dict[str, str]) -> list[str]:
         package = ".".join(path.split("/")[:-1])
         loaded = {id(node) for node in run_when_imported(tree)}
         for node, name in imports(tree, package):
-            problems = [import_problem(path, name, entries)]
+            module = path.removesuffix(".py").replace("/", ".")
+            problems = [import_problem(path, name, entries - {module})]
+            if module in entries and name.startswith("core.door"):
+                problems = []  # what starts a command is for the doors of leaves, too
             if name.split(".")[0] == "torchvision" and id(node) in loaded:
                 problems.append("torchvision is imported at the module's top; a CPU machine does not have it")
             found += [f"{path}:{node.lineno}: {problem}" for problem in problems if problem]
@@ -160,7 +163,10 @@ GOOD = {
     "model/gem.py": "import modelling\n",
     "model/weights.py": "",
     "datasets/loader.py": "def f():\n    import torchvision\n",
-    "datasets/gldv2.py": "import sys\nif __name__ == '__main__':\n    sys.path[0] = 'x'\n    import datasets.loader\n",
+    "datasets/gldv2.py": (
+        "import sys\nif __name__ == '__main__':\n    sys.path[0] = 'x'\n"
+        "    from core.door import run\n    run('datasets.loader')\n"
+    ),
     "revisitop/protocol.py": "import numpy\n",
     "evaler/extract.py": "import core.builders, model.dolg\nfrom revisitop import protocol\nimport datasets.loader\n",
     "evaler/score.py": "from yacs.config import CfgNode\n",
@@ -195,6 +201,9 @@ def test_permitted_imports_are_not_reported():
         ("datasets/loader.py", "import importlib\nimportlib.import_module('revisitop.protocol')", 2, "leaf"),
         ("revisitop/protocol.py", "__import__('core')", 1, "leaf"),
         ("model/gem.py", "from .. import core", 1, "leaf"),
+        ("model/gem.py", "from core.door import run", 1, "leaf"),
+        ("datasets/gldv2.py", GOOD["datasets/gldv2.py"].replace("datasets.loader", "revisitop.protocol"), 5, "leaf"),
+        ("datasets/gldv2.py", GOOD["datasets/gldv2.py"].replace("core.door", "core.launch"), 4, "leaf"),
         ("revisitop/protocol.py", "from evaler.score import score", 1, "leaf"),
         ("core/trainer.py", "import model", 1, "only builders.py"),
         ("core/trainer.py", "from model.weights import load", 1, "only builders.py"),

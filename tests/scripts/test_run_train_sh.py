@@ -25,7 +25,7 @@ def test_the_interpreter_is_the_one_of_venv_unless_it_is_unfinished(sandbox):
     sandbox.executable(sandbox.bin / "python3", "exit 1")
     result = sandbox.run("run_train.sh", "c.yaml")
     assert result.returncode == 2
-    assert "lacks the packages" in result.stderr
+    assert "is no Python that runs" in result.stderr
 
 
 @pytest.mark.parametrize("script", ["run_train.sh", "run_extractor.sh"])

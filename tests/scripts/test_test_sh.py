@@ -113,7 +113,8 @@ def test_two_runs_at_once_install_once(sandbox):
     ("body", "said"),
     [
         ('case "$1" in -V) echo Python 3.9.7 ;; *) exit 1 ;; esac', "is Python 3.9.7; Python 3.10 or newer is needed"),
-        ('case "$2" in *ensurepip*) exit 1 ;; esac', "has no venv module"),
+        ('case "$2" in *ensurepip*) exit 1 ;; print*) echo python ;; esac', "has no venv module"),
+        ("exit 0", "is no Python"),
     ],
 )
 def test_an_unfit_python_gives_one_line(sandbox, body, said):
