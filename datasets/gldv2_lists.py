@@ -8,8 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.list_output import MISSING, list_files, path_prefix, write_files
-from datasets.list_selection import Exclusions, excluded_images, read_exclusions, validation_images
+from datasets.list_output import MISSING, UNSEEN, list_files, path_prefix, write_files
+from datasets.list_selection import (
+    Exclusions,
+    excluded_images,
+    read_exclusions,
+    unseen_classes,
+    validation_images,
+    with_classes_last,
+)
 from datasets.list_sources import Listing, SourceError, read_csv, read_tree
 from datasets.missing import missing_files
 
@@ -30,6 +37,9 @@ else alphabetically). Excluded and missing images are taken out first, so labels
 the number of classes that is printed at the end, and keep labels.csv with the weights.
 
 Of every class, 20 % of the images are drawn for validation, at least one if it has two; a single image is for training.
+A network has seen these places: what it finds of places that are new to it is told by --unseen SHARE, which keeps that
+share of the classes from training and validation. Their images stand in OUT/unseen_list.txt, with labels behind those
+that are trained. Extract that list (INFER.IMAGES) and score it (evaler/evaluate_labels.py --labels).
 The same input gives the same bytes on every machine."""
 EXAMPLES = """\
 examples:
@@ -38,7 +48,8 @@ examples:
   python datasets/gldv2.py --exclude overlap.txt
       without the landmarks and images whose ids stand in overlap.txt
   python datasets/gldv2.py --csv /big/train.csv --images /big/train --out datasets/data/gldv2-all
-  python datasets/gldv2.py --tree /data/photos --out datasets/data/photos
+  python datasets/gldv2.py --tree /data/photos --out datasets/data/photos --unseen 0.2
+      a fifth of the folders is kept from training, for a score on places that the network has not seen
 """
 
 
@@ -92,7 +103,14 @@ def _parser() -> argparse.ArgumentParser:
         f"OUT/{MISSING}",
     )
     parser.add_argument("--val", type=float, default=0.2, metavar="SHARE", help="of every class (%(default)s); 0: none")
-    parser.add_argument("--seed", type=int, default=0, help="draws another validation set (%(default)s)")
+    parser.add_argument(
+        "--unseen",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help=f"of the classes, kept from training and listed in OUT/{UNSEEN} (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="draws other validation images and unseen classes")
     parser.add_argument("--force", action="store_true", help="replace lists that differ")
     return parser
 
@@ -106,12 +124,15 @@ def make_lists(
     exclude: Path | None = None,
     allow_missing: int = 0,
     val: float = 0.2,
+    unseen: float = 0.0,
     seed: int = 0,
     force: bool = False,
 ) -> None:
     """Write the lists to `out` and print a summary. Raises SourceError for whatever the user has to mend."""
     if not 0 <= val < 1:
         raise SourceError(f"--val {val}: the share for validation is at least 0 and below 1")
+    if not 0 <= unseen < 1:
+        raise SourceError(f"--unseen {unseen}: the share of the classes is at least 0 and below 1")
     if allow_missing < 0:
         raise SourceError(f"--allow-missing {allow_missing}: a number of images, at least 0")
     if tree is not None and images is not None:
@@ -121,14 +142,23 @@ def make_lists(
     found = len(listing.class_names)
     listing, excluded = _without_excluded(listing, exclusions)
     listing, missing = _without_missing(listing, root, out, allow_missing)
-    validation = validation_images(listing, share=val, seed=seed)
-    files = list_files(listing, validation, prefix=path_prefix(root, out))
+    new = unseen_classes(listing, share=unseen, seed=seed)
+    listing, trained = with_classes_last(listing, new), int((~new).sum())
+    of_unseen = listing.classes >= trained
+    validation = validation_images(listing, share=val, seed=seed) & ~of_unseen
+    files = list_files(listing, validation, of_unseen, prefix=path_prefix(root, out))
     changed = write_files(out, files, force=force)
     print(
         f"left out    {excluded} images excluded, {missing} missing, {found - len(listing.class_names)} whole classes"
     )
-    _summarise(listing, validation, out)
-    print(f"written: {', '.join(changed)} in {out}" if changed else f"unchanged: {', '.join(files)} in {out}")
+    _summarise(listing.keep(~of_unseen), validation[~of_unseen], out)
+    if of_unseen.any():
+        print(
+            f"unseen      {int(new.sum())} classes with {int(of_unseen.sum())} images; extract and score them "
+            f"with INFER.IMAGES {shlex.quote(str(out / UNSEEN))}"
+        )
+    there = [name for name, content in files.items() if content is not None]
+    print(f"written: {', '.join(changed)} in {out}" if changed else f"unchanged: {', '.join(there)} in {out}")
 
 
 def _source(out: Path, csv: Path | None, tree: Path | None, images: Path | None) -> tuple[Listing, Path]:

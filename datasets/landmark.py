@@ -20,6 +20,7 @@ from datasets.missing import missing_files
 
 _MOST_REPLACED = 1000  # broken images in a row: then it is the disk that is broken
 _INTEGER = re.compile(r"[+-]?[0-9]+")
+_MOST_DIGITS = 100
 
 
 class ListError(ValueError):
@@ -70,6 +71,8 @@ def _parse(line: str, where: str, num_classes: int | None) -> tuple[str, int]:
     path, label = fields
     if not _INTEGER.fullmatch(label):
         raise ListError(f"{where}: the label {label!r} is not an integer; expected `path label`")
+    if len(label) > _MOST_DIGITS:  # int() would raise for thousands of them
+        raise ListError(f"{where}: the label {label[:20]}... does not fit 64 bits")
     value = int(label)
     if value < 0:
         raise ListError(f"{where}: the label {value} is negative; labels start at 0")

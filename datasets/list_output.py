@@ -12,7 +12,8 @@ import numpy as np
 
 from datasets.list_sources import Listing, SourceError
 
-TRAIN, VAL, LABELS, MISSING = "train_list.txt", "val_list.txt", "labels.csv", "missing.txt"
+TRAIN, VAL, UNSEEN = "train_list.txt", "val_list.txt", "unseen_list.txt"
+LABELS, MISSING = "labels.csv", "missing.txt"
 # What a line `path label` cannot hold: its ends are stripped, and the label is what follows the last white space.
 UNFIT = re.compile(r"[\n\0\ud800-\udfff]|\A[\s\ufeff]|\s\Z")
 
@@ -27,9 +28,10 @@ def path_prefix(images: str | os.PathLike, out: str | os.PathLike) -> str:
     return f"{Path(os.path.abspath(images)).as_posix().rstrip('/')}/"
 
 
-def list_files(listing: Listing, validation: np.ndarray, *, prefix: str) -> dict[str, bytes | None]:
-    """The content of the two lists and of the map of labels, by name; None for a list without images.
+def list_files(listing: Listing, validation: np.ndarray, unseen: np.ndarray, *, prefix: str) -> dict[str, bytes | None]:
+    """The content of the three lists and of the map of labels, by name; None for a list without images.
 
+    validation, unseen: which images are for these, bool [N]; the others are for training.
     Raises SourceError for a path that no list can hold.
     """
     paths = [path if path.startswith("/") else prefix + path for path in listing.paths]
@@ -40,7 +42,7 @@ def list_files(listing: Listing, validation: np.ndarray, *, prefix: str) -> dict
             )
     by_label = np.argsort(listing.classes, kind="stable")  # within a class by path
     files: dict[str, bytes | None] = {}
-    for name, wanted in ((TRAIN, ~validation), (VAL, validation)):
+    for name, wanted in ((TRAIN, ~(validation | unseen)), (VAL, validation), (UNSEEN, unseen)):
         chosen = by_label[wanted[by_label]]
         labels = listing.classes[chosen].tolist()
         lines = [f"{paths[i]} {label}\n" for i, label in zip(chosen.tolist(), labels, strict=True)]

@@ -1,6 +1,7 @@
 """Which of the listed images are used, and for what: exclusions, missing files, training or validation."""
 
 import os
+from dataclasses import replace
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -57,6 +58,33 @@ def excluded_images(listing: Listing, exclusions: Exclusions) -> tuple[np.ndarra
     known = {classes[name] for name in listing.class_names if name in classes}
     known |= {images[path] for path in listing.paths if path in images}
     return by_class | by_path, [entry for entry in exclusions.entries if entry not in known]
+
+
+def unseen_classes(listing: Listing, *, share: float, seed: int) -> np.ndarray:
+    """Which classes (bool [K]) are kept from training altogether: `share` of those with two images or more.
+
+    Rounded to the nearest number, one at least on either side. Classes are drawn in the order of a hash of seed and
+    name: those that come or go leave the others where they are, but for the one that rounding moves.
+    """
+    several = np.flatnonzero(np.bincount(listing.classes, minlength=len(listing.class_names)) > 1)
+    chosen = np.zeros(len(listing.class_names), bool)
+    if not share:
+        return chosen
+    if len(several) < 2:
+        raise SourceError(
+            f"{listing.source}: --unseen needs two classes of two images or more; there are {len(several)}"
+        )
+    wanted = int(min(max(len(several) * share + 0.5, 1), len(several) - 1))
+    digests = {k: blake2b(f"{seed} {listing.class_names[k]}".encode(), digest_size=8).digest() for k in several}
+    chosen[sorted(several, key=lambda k: (digests[k], listing.class_names[k]))[:wanted]] = True
+    return chosen
+
+
+def with_classes_last(listing: Listing, last: np.ndarray) -> Listing:
+    """The same images, their classes numbered anew: those of `last` (bool [K]) behind the others."""
+    order = np.argsort(last, kind="stable")
+    number = np.argsort(order)
+    return replace(listing, classes=number[listing.classes], class_names=[listing.class_names[k] for k in order])
 
 
 def validation_images(listing: Listing, *, share: float, seed: int) -> np.ndarray:

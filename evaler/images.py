@@ -12,6 +12,7 @@ from evaler.image_list import Box, ImageList, LooseFiles
 from evaler.image_names import ARCHIVES, COMPRESSED, EXTENSIONS, read_list, search
 from evaler.tar_files import TarFiles
 from evaler.tar_index import tar_index
+from evaler.training_list import is_training_list, read_training_list
 from revisitop import groundtruth
 
 __all__ = ["DISTRACTORS", "Box", "ImageList", "crop", "distractors", "named_images", "read_cropped", "revisited_set"]
@@ -55,6 +56,7 @@ def named_images(path: str | os.PathLike, *, cache_dir: Path | None = None) -> t
       lie there, named by the members' paths. They are read without unpacking; the index is kept in `cache_dir`.
     - A list file: a path a line, relative to the list's folder (absolute paths are refused: names must not depend on
       where a data set lies; a link beside the list may lead elsewhere). Order is the list's, any extension will do.
+    - A list file of training, `path label` a line: relative to the list's folder or absolute, as training reads it.
 
     Raises `ImageError` for a path, an archive or a list that cannot be used, and where no image is found.
     """
@@ -70,6 +72,9 @@ def named_images(path: str | os.PathLike, *, cache_dir: Path | None = None) -> t
         return _archives([path], path, cache_dir)
     if name.endswith(EXTENSIONS) or not path.is_file():
         raise ImageError(f"{KEY} {path}: name a folder of images, a list file or a tar archive")
+    if is_training_list(path):
+        names, files, _ = read_training_list(path)
+        return ImageList(names, files), []
     names = read_list(path, key=KEY)
     return ImageList(names, LooseFiles(path.parent, names)), []
 

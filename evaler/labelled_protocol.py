@@ -14,6 +14,7 @@ from evaler.arguments import find_collection
 from evaler.features import Features, check_length, load, some
 from evaler.provenance import LIST_KEYS, MACHINE_KEYS, check_alike
 from evaler.ranked_metrics import average_precision, average_precision_at_r, recall_at
+from evaler.training_list import is_training_list, read_training_list
 from revisitop.average_precision import without_junk
 from revisitop.streamed_ranks import standings
 
@@ -30,7 +31,13 @@ def labels_of_folders(names: Sequence[str]) -> dict[str, str]:
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Name -> label, from a CSV with the columns `path` and `label`. Raises `ValueError` naming file and line."""
+    """Name -> label, from a CSV with the columns `path` and `label`, or a list file of training (`path label` lines).
+
+    Raises `ValueError` naming file and line.
+    """
+    if path.is_file() and is_training_list(path):
+        names, _, numbers = read_training_list(path)
+        return dict(zip(names, map(str, numbers.tolist()), strict=True))
     listing = read_csv(path)
     return {name: listing.class_names[k] for name, k in zip(listing.paths, listing.classes.tolist(), strict=True)}
 
@@ -106,11 +113,16 @@ def _load(place: Path, csv: Path | None) -> tuple[Features, dict[str, str]]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Score an extracted set whose images have labels.")
     parser.add_argument("index", type=Path, metavar="INDEX", help="OUT_DIR/features/<set>, or <set>/<collection>")
-    parser.add_argument("--labels", type=Path, metavar="CSV", help="columns path,label (default: folders are labels)")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="a CSV with the columns path,label, or a list file of training (default: folders are labels)",
+    )
     parser.add_argument(
         "--queries", type=Path, metavar="SET", help="another extracted set, that asks (default: each image of INDEX)"
     )
-    parser.add_argument("--query-labels", type=Path, metavar="CSV", help="of these (default: folders are labels)")
+    parser.add_argument("--query-labels", type=Path, metavar="FILE", help="of these (default: folders are labels)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the score here")
     args = parser.parse_args(argv)
     if args.query_labels and not args.queries:

@@ -457,6 +457,62 @@ def test_the_summary(tmp_path, capsys):
     ]
 
 
+def labelled(file: Path) -> dict[str, int]:
+    lines = (line.rsplit(" ", 1) for line in file.read_text().splitlines())
+    return {path: int(label) for path, label in lines}
+
+
+def test_unseen_classes_are_in_no_list_of_training(tmp_path, capsys):
+    images = landmarks_of(SIZES)
+    out = gldv2(tmp_path / "landmark", images)
+    make_lists(out=out)
+    seen_all = written(out)
+    make_lists(out=out, unseen=0.3, force=True)
+    printed = capsys.readouterr().out
+    train, val, unseen = (labelled(out / f"{name}_list.txt") for name in ("train", "val", "unseen"))
+    landmark_of = {f"train/{i[0]}/{i[1]}/{i[2]}/{i}.jpg": k for k, ids in images.items() for i in ids}
+    assert sorted([*train, *val, *unseen]) == sorted(landmark_of)
+    kept_from = {landmark_of[path] for path in unseen}
+    assert len(kept_from) == 3 and all(len(images[k]) > 1 for k in kept_from)  # of the eleven that have two images
+    assert not kept_from & {landmark_of[path] for path in (*train, *val)}
+    trained = sorted(set(images) - kept_from)
+    number = {k: label for label, k in enumerate([*trained, *sorted(kept_from)])}
+    assert {**train, **val, **unseen} == {path: number[k] for path, k in landmark_of.items()}
+    rows = [f"{label},{k},{len(images[k])}" for k, label in sorted(number.items(), key=lambda item: item[1])]
+    assert (out / "labels.csv").read_text().splitlines()[1:] == rows
+    assert (
+        f"MODEL.NUM_CLASSES {len(trained)} " in printed
+        and f"unseen      3 classes with {len(unseen)} images" in printed
+    )
+    assert "INFER.IMAGES" in printed
+    # The validation images of the other landmarks are those drawn without it.
+    of_before = {line.split()[0] for line in seen_all["val_list.txt"].decode().splitlines()}
+    assert set(val) == {path for path in of_before if landmark_of[path] not in kept_from}
+    make_lists(out=out, force=True)
+    assert written(out) == seen_all and not (out / "unseen_list.txt").exists()
+
+
+def test_unseen_classes_that_go_leave_the_others_where_they_are(tmp_path):
+    images = landmarks_of([4] * 40, seed=3)
+
+    def drawn(folder: str, which: dict) -> set[int]:
+        out = gldv2(tmp_path / folder, which)
+        make_lists(out=out, unseen=0.25)
+        ids = {Path(path).stem for path in labelled(out / "unseen_list.txt")}
+        return {k for k, own in which.items() if set(own) <= ids}
+
+    everything = drawn("all", images)
+    fewer = {k: ids for k, ids in images.items() if k not in list(images)[:4]}
+    assert len(everything) == 10 and len(everything & fewer.keys() - drawn("fewer", fewer)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("share", "sizes", "said"), [(1, [2, 2], "below 1"), (-0.1, [2, 2], "at least 0"), (0.5, [9, 1], "two classes")]
+)
+def test_shares_of_unseen_classes_that_cannot_be(tmp_path, capsys, share, sizes, said):
+    assert said in refusal(capsys, "--out", gldv2(tmp_path, landmarks_of(sizes)), "--unseen", share)
+
+
 def test_the_command_as_a_process(tmp_path):
     images = landmarks_of(SIZES)
     gldv2(tmp_path / "datasets/data/landmark", images)

@@ -13,8 +13,9 @@ from core import builders
 from core.checkpoint import checkpoint_path, write_checkpoint
 from core.config import load_cfg
 from core.environment import sha256_file
+from datasets.gldv2_lists import make_lists
 from datasets.image import decode
-from evaler import extract, extraction_job, features, join
+from evaler import extract, extraction_job, features, join, labelled_protocol
 from evaler.images import revisited_set
 from evaler.multiscale import describe, describe_batch
 from tests.small_run import SMALL_MODEL, cut_short, overrides, photograph, retrieval_set, write_image
@@ -444,6 +445,30 @@ def test_batches_hardly_change_the_descriptors(place, tree, described):
         batched = place.load("images", "many")
         assert batched.names == [f"{index}.png" for index in range(9)]
         np.testing.assert_allclose(batched.vectors, single, rtol=0, atol=1e-6)
+
+
+def test_places_that_training_has_not_seen_are_scored_by_their_list(place, capsys):
+    """gldv2.py --unseen, then infer.py and evaluate_labels.py on its list: the score of these folders alone."""
+    for seed in range(12):
+        write_image(place.root / "photos" / f"place {seed % 4}" / f"{seed}.jpg", photograph(seed))
+    lists = place.root / "data" / "mine"
+    make_lists(tree=place.root / "photos", out=lists, unseen=0.5)
+    unseen = (lists / "unseen_list.txt").read_text().splitlines()
+    kept = {Path(line.rsplit(" ", 1)[0]).parent for line in unseen}
+    assert len(unseen) == 6 and len(kept) == 2
+    trained = [Path(line.rsplit(" ", 1)[0]) for line in (lists / "train_list.txt").read_text().splitlines()]
+    assert trained and all(path.is_absolute() and path.parent not in kept for path in trained)
+    place.run(INFER__IMAGES=lists / "unseen_list.txt")
+    found = place.load("images", "unseen_list")
+    assert found.names == [line.rsplit(" ", 1)[0].lstrip("/") for line in unseen]
+    scores = []
+    for arguments in (["--labels", lists / "unseen_list.txt"], []):  # or by the folders that their names tell
+        json_file = place.root / "score.json"
+        labelled_protocol.main(
+            [str(place.out / "features" / "unseen_list"), *map(str, arguments), "--json", str(json_file)]
+        )
+        scores.append(json.loads(json_file.read_text()))
+    assert scores[0] == scores[1] and (scores[0]["queries"], scores[0]["labels"]) == (6, 2)
 
 
 def test_exports(place):

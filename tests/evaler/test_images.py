@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from datasets.image import ImageError, decode
+from datasets.landmark import read_list
 from evaler import image_list, tar_index
 from evaler.image_list import ImageList, LooseFiles
 from evaler.images import crop, distractors, named_images, read_cropped, revisited_set
@@ -235,7 +236,7 @@ def test_a_list_file_gives_names_and_order(tree, ending, mark, last):
         (b"a.jpg\n/b.jpg\n", ", line 2: '/b.jpg' is an absolute path, a relative one is wanted"),
         (b"a/../b.jpg\n", ", line 1: 'a/../b.jpg' leads out of its folder by `..`"),
         (b"a/..\n", "leads out"),
-        (b"a\tb.jpg 3\n", ", line 1: 'a\\tb.jpg 3' holds a tab"),
+        (b"a\tb.jpg\n", ", line 1: 'a\\tb.jpg' holds a tab"),
         (b"a.jpg\nb.jpg\rc.jpg\n", ", line 2: 'b.jpg\\rc.jpg' holds a tab, a line break"),
         (b"a.jpg\nb\xff.jpg\n", ", line 2: 'b\\udcff.jpg' holds a tab, a line break or no UTF-8"),
         (b"a.jpg\nb.jpg\na.jpg\n", ": a.jpg stands in line 1 and again in line 3"),
@@ -249,6 +250,48 @@ def test_lists_that_are_refused(tmp_path, content, what):
     (tmp_path / "my.txt").write_bytes(content)
     message = refusal(tmp_path / "my.txt")
     assert message.startswith(f"INFER.IMAGES {tmp_path / 'my.txt'}") and what in message and len(message) < 1000
+
+
+def test_a_list_of_training_is_read_as_training_reads_it(tmp_path, tree):
+    """`path label` lines: relative to the list, absolute, by `..`, with blanks; named alike by lists of one folder."""
+    write_image(tree / "a" / "with 2 blanks 7.jpg", photograph(9))
+    away = write_image(tmp_path / "away" / "x.jpg", photograph(10))
+    places = ["a/one.jpg", f"{tree}/b/one.jpg", str(away), "../away/../photos/three.jpeg", "a/with 2 blanks 7.jpg"]
+    (tree / "val_list.txt").write_text("\ufeff" + "".join(f"{place} {k}\r\n" for k, place in enumerate(places)))
+    images, notes = named_images(tree / "val_list.txt")
+    assert images.names == ["a/one.jpg", "b/one.jpg", str(away)[1:], "three.jpeg", "a/with 2 blanks 7.jpg"]
+    assert notes == [] and read_list(tree / "val_list.txt", root=tree)[1].tolist() == [0, 1, 2, 3, 4]
+    for index, place in enumerate(read_list(tree / "val_list.txt", root=tree)[0]):
+        assert images.read(index) == Path(place).read_bytes()
+        assert Path(images.source(index)).samefile(place)
+    assert images.sha256() and pickle.loads(pickle.dumps(images)).source(2) == str(away)
+
+
+def test_a_list_of_paths_that_end_with_numbers_is_one_of_paths(tmp_path):
+    for index in range(2):
+        write_image(tmp_path / "x.png", photograph(index)).rename(tmp_path / f"picture {index}")
+    (tmp_path / "list.txt").write_text("picture 0\npicture 1\n")
+    assert named(tmp_path / "list.txt").names == ["picture 0", "picture 1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"a.jpg 0\n\nb.jpg 1\n", ", line 2: a blank line between others"),
+        (b"a.jpg 0\nb.jpg -1\n", ", line 2: the label -1 is negative"),
+        (b"a.jpg 0\nb.jpg " + b"9" * 5000 + b"\n", ", line 2: the label 99999999999999999999... does not fit"),
+        (b"a.jpg 0\nb\xff.jpg 1\n", ", line 2: not UTF-8 text"),
+        (b"a.jpg 0\nb\0/../c.jpg 1\n", "holds a tab, a line break or no UTF-8"),
+        (b"a.jpg 0\nc/../a.jpg 1\n", "a.jpg stands in line 1 and again in line 2"),
+        (b"a.jpg 0\nb.jpg\n", "a.jpg 0: no such image"),
+    ],
+)
+def test_lists_of_training_that_are_refused(tmp_path, content, what):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "my.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^[^\n]{1,500}$") as raised:
+        named(tmp_path / "my.txt").sha256()
+    assert what in str(raised.value)
 
 
 def test_a_long_list_takes_little_memory(tmp_path):

@@ -112,6 +112,11 @@ def test_label_files(tmp_path):
         labels_of_folders(["a", "b", "c/d"])
 
 
+def test_labels_of_a_list_of_training(tmp_path):
+    (tmp_path / "val_list.txt").write_text("a/x 1.jpg 3\n/far/y.jpg 12\n")
+    assert read_labels(tmp_path / "val_list.txt") == {"a/x 1.jpg": "3", "far/y.jpg": "12"}
+
+
 def test_sets_that_cannot_be_scored():
     with pytest.raises(ValueError, match="no label of b/1, b/2, c/1, of 5 images"):
         score_labelled(SET, {"a/1": "a", "a/2": "a"})
