@@ -21,6 +21,7 @@ from core.distributed import is_main
 from core.environment import atomic_write
 from datasets.image import ImageError
 from evaler.image_names import EXTENSIONS, checked_name, first_double
+from evaler.tar_members import members
 
 VERSION = 1
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")  # gzip, bzip2, xz, zstd, zip
@@ -104,7 +105,7 @@ def _read(archive: Archive, names: list[str], offsets: array, sizes: array, adva
                     links += 1
                 elif member.issparse():
                     raise ImageError(f"{path}: {member.name!a} is stored as a sparse file; pack without --sparse")
-                elif member.size < 0 or member.offset_data + member.size > archive.size:
+                elif member.offset_data + member.size > archive.size:
                     raise _damaged(path, f"{member.name!a} has {member.size} bytes")
                 else:
                     names.append(_member_name(path, member))
@@ -124,25 +125,20 @@ def _members(path: str, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]
     if file.read(8).startswith(_PACKED):
         raise ImageError(f"{path}: compressed, its members cannot be read at random; unpack it to a plain .tar")
     file.seek(0)
+    end = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # or a million of them take gigabytes
-                yield member, tar.offset
-            end = tar.offset
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # the last two by numbers in damaged headers
+        for member, end in members(file):
+            yield member, end
+    except tarfile.TarError as error:
         raise _damaged(path, str(error)) from error
     _check_end(path, file, end)
 
 
 def _check_end(path: str, file: BinaryIO, position: int) -> None:
-    """tarfile takes whatever is no header for the end; the end is zeros, a block of 512 at least, and nothing else."""
+    """The end is zeros, a block of 512 at least, and nothing else."""
     file.seek(position)
-    end = file.read(tarfile.BLOCKSIZE)
-    if len(end) < tarfile.BLOCKSIZE:
+    if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
         raise _damaged(path, "it has no end mark")
-    if any(end):
-        raise _damaged(path, f"no header at byte {position}")
     while rest := file.read(2**20):
         if rest.count(0) < len(rest):
             raise ImageError(f"{path}: goes on behind its end mark; name archives one by one instead of joining them")

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from core.counter import bar
+from evaler.tar_members import members
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 MEMBER_BYTES = 2**28  # no photograph has more
 TOTAL_BYTES = 2**36  # nor has an archive: those of the distractors hold some 10,000 photographs each
+MOST_EXPANSION = 20  # photographs are compressed already; only what is made to waste time expands more
 BLOCK = 2**20
 STAGING = ".unpacking"
 # What tarfile and gzip raise for content that is damaged, or made to look so. `gzip.BadGzipFile` is an OSError.
@@ -76,18 +78,6 @@ def unpack(
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-class _Stream(gzip.GzipFile):
-    """Refuses to hand out much at once (tarfile would read a name of 8 GB into memory); keeps what it gave last."""
-
-    last = b""
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= BLOCK:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        self.last = super().read(size)
-        return self.last
-
-
 def _stage(
     archive: Path, staging: Path, wanted: Wanted, member_bytes: int, total_bytes: int
 ) -> tuple[dict[str, Path], int, str]:
@@ -105,7 +95,8 @@ def _stage(
             continue
         # Without an image's extension: a folder of images may be read while this is under way.
         staged[name] = staging / f"{len(staged):06d}.part"
-        _write(archive, source.extractfile(member), staged[name])
+        source.seek(member.offset_data)
+        _write(archive, source, member.size, staged[name])
     return staged, passed_over, first
 
 
@@ -121,34 +112,29 @@ def _unfit(member: tarfile.TarInfo) -> str | None:
     return None if member.size else "is empty"
 
 
-def _members(archive: Path, member_bytes: int, total_bytes: int) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Each member and the open archive. Ends only after the checksum at the archive's end has been found right."""
+def _members(archive: Path, member_bytes: int, total_bytes: int) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
+    """Each member and the unpacked archive. Ends only after the checksum at the archive's end has been found right."""
+    most = min(total_bytes, MOST_EXPANSION * (archive.stat().st_size + BLOCK))
     with (
         open(archive, "rb") as file,
         bar(None, archive.name, unit="B", unit_scale=True, total=archive.stat().st_size, leave=False) as shown,
         _refusing_damage(archive),
         _naming(archive),
-        _Stream(fileobj=file, mode="rb") as stream,
-        tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar,
+        gzip.GzipFile(fileobj=file, mode="rb") as stream,
     ):
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # it would remember every one
-            # Before anything behind the header is read: passing over a file unpacks it too, and a size below zero
-            # leads backwards.
-            if not 0 <= member.size <= member_bytes:
+        for member, end in members(stream):
+            # Before anything behind the header is read: passing over a file unpacks it too.
+            if member.size > member_bytes:
                 raise ArchiveError(
                     f"{archive}: {member.name[:200]!a} has {member.size} bytes, at most {member_bytes} are allowed"
                 )
-            if member.offset_data + member.size > total_bytes:
-                raise ArchiveError(f"{archive}: holds more than the {total_bytes} bytes that are allowed")
-            yield member, tar
+            if max(end, member.offset_data + member.size) > most:
+                raise ArchiveError(f"{archive}: holds more than the {most} bytes that are allowed")
+            yield member, stream
             shown.update(file.tell() - shown.n)
-        # tarfile takes a damaged header for the end; at the true end stand zeros.
-        if any(stream.last):
-            raise ArchiveError(_damage(archive, "no header where one should be"))
-        while stream.read(BLOCK):
-            if stream.tell() > total_bytes:
-                raise ArchiveError(f"{archive}: holds more than the {total_bytes} bytes that are allowed")
+        while stream.read(BLOCK):  # to the checksum at the end
+            if stream.tell() > most:
+                raise ArchiveError(f"{archive}: holds more than the {most} bytes that are allowed")
 
 
 @contextlib.contextmanager
@@ -168,10 +154,15 @@ def _damage(archive: Path, how: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _write(archive: Path, source: BinaryIO, path: Path) -> None:
+def _write(archive: Path, source: BinaryIO, size: int, path: Path) -> None:
+    """The next `size` bytes of the archive."""
     with _refusing_damage(archive), _naming(path), open(path, "xb") as file:
-        while block := source.read(BLOCK):
+        while size:
+            block = source.read(min(size, BLOCK))
+            if not block:
+                raise tarfile.ReadError("unexpected end of data")
             file.write(block)
+            size -= len(block)
 
 
 @contextlib.contextmanager
