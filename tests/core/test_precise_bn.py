@@ -1,9 +1,13 @@
+import concurrent.futures
+import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from core import precise_bn as precise
 from core.precise_bn import update_precise_bn
 
 
@@ -44,37 +48,136 @@ class WithHead(nn.Module):
 def loader():
     torch.manual_seed(0)
     return Loader(
-        [torch.randn(size, 3, 4, 4, dtype=torch.float64) * 3 + shift for size, shift in ((6, 0), (6, 2), (6, -1))]
+        [torch.randn(n, 3, 4, 4, dtype=torch.float64) * 3 + shift for n, shift in ((6, 0), (6, 2), (6, -1), (2, 3))]
     )
 
 
-def literal_statistics(model: WithHead, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Mean and unbiased variance of each layer's input, every batch for itself, averaged; written out with loops."""
-    sums = [torch.zeros(3, dtype=torch.float64) for _ in range(4)]
+def seen_by(model: WithHead, batches: list[torch.Tensor]) -> list[np.ndarray]:
+    """Everything that each layer is given, batch after batch: float64 [values, 3] for the first and the second."""
+    seen = [[], []]
     for batch in batches:
         x = batch.transpose(0, 1).reshape(3, -1)
-        statistics = [x.mean(dim=1), x.var(dim=1, unbiased=True)]
         normal = (x - x.mean(dim=1, keepdim=True)) / (x.var(dim=1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         y = model.first.weight[:, None] * normal + model.first.bias[:, None]
         y = y.reshape(3, len(batch), -1).relu().mean(dim=2)
-        statistics += [y.mean(dim=1), y.var(dim=1, unbiased=True)]
-        for i, value in enumerate(statistics):
-            sums[i] += value / len(batches)
-    return sums
+        for inputs, values in zip(seen, (x, y), strict=True):
+            inputs.append(values.detach().numpy().T)
+    return [np.concatenate(inputs) for inputs in seen]
 
 
-@pytest.mark.parametrize("batches", [1, 2, 3])
-def test_the_statistics_are_those_of_the_batches_averaged(loader, batches):
+def check_exact(model: WithHead, batches: list[torch.Tensor], *, tolerance: float = 1e-10) -> None:
+    """Hold the statistics to NumPy's, which takes two passes over all values at once."""
+    for layer, values in zip((model.first, model.second), seen_by(model, batches), strict=True):
+        np.testing.assert_allclose(layer.running_mean.numpy(), values.mean(axis=0), rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(layer.running_var.numpy(), values.var(axis=0), rtol=tolerance)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 4])
+def test_the_statistics_are_those_of_all_values_together(loader, batches):
+    """Also where the last batch is smaller."""
     model = WithHead().double()
     model.first.running_mean.fill_(100.0)  # what was there before does not count
     model.first.running_var.fill_(7.0)
     update_precise_bn(model, loader, batches=batches)
-    got = [s for bn in (model.first, model.second) for s in (bn.running_mean, bn.running_var)]
-    for value, expected in zip(got, literal_statistics(model, loader.batches[:batches]), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    check_exact(model, loader.batches[:batches])
 
 
-@pytest.mark.parametrize(("asked", "drawn"), [(0, 1), (1, 1), (2, 2), (99, 3)])
+def test_values_far_from_zero_keep_their_variance():
+    """A mean 1,000 times the deviation, in float32: its squares hide the variance."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 3, 8, 8, dtype=torch.float64) + 1000).float() for _ in range(8)]
+    model = nn.BatchNorm2d(3)
+    update_precise_bn(model, Loader(batches), batches=8)
+    exact = torch.cat(batches).double().numpy()
+    np.testing.assert_allclose(model.running_var.numpy(), exact.var(axis=(0, 2, 3)), rtol=1e-4)
+
+
+def test_the_numbers_of_fvcore(loader):
+    precise_bn = pytest.importorskip("fvcore.nn.precise_bn", reason="NOT CHECKED: pip install fvcore")
+    ours, theirs = WithHead().double(), WithHead().double()
+    theirs.load_state_dict(ours.state_dict())
+    update_precise_bn(ours, loader, batches=4)
+    theirs.train().frozen.eval()  # it takes no layer without running statistics
+    precise_bn.update_bn_stats(theirs, loader.batches, num_iters=4)
+    for layer in ("first", "second"):
+        a, b = getattr(ours, layer), getattr(theirs, layer)
+        torch.testing.assert_close(a.running_mean, b.running_mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a.running_var, b.running_var, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_processes_with_unequal_shares_end_with_the_statistics_of_all(loader, monkeypatch, sync):
+    """Two processes, here two threads, whose second batches have 5 and 2 images. `sync`: each layer's statistics of a
+    batch are those of both parts together, as SyncBatchNorm's are."""
+    shares = [[loader.batches[0], loader.batches[1][:5]], [loader.batches[2], loader.batches[3]]]
+    together, turn = {}, threading.Barrier(2)
+    rank = threading.local()
+
+    def summed(tensor):
+        together[rank.number] = tensor.clone()
+        turn.wait()
+        tensor.copy_(together[0] + together[1])
+        turn.wait()
+        return tensor
+
+    class Synchronised(nn.SyncBatchNorm):
+        """Its arithmetic on the CPU, which it refuses."""
+
+        def forward(self, x):
+            count, total = torch.tensor(float(x.numel() // 3)), x.sum(dim=(0, 2, 3))
+            n, mean = summed(count), summed(total) / count
+            squares = summed((x - mean[:, None, None]).square().sum(dim=(0, 2, 3)))
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(squares / (n - 1))
+            return x
+
+    monkeypatch.setattr(precise, "all_reduce_sum", summed)
+    models = [Synchronised(3).double() if sync else nn.BatchNorm2d(3).double() for _ in shares]
+
+    def process(number):
+        rank.number = number
+        update_precise_bn(models[number], Loader(shares[number]), batches=2)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(process, range(2), timeout=60))
+    exact = torch.cat([*shares[0], *shares[1]]).numpy()
+    for model in models:
+        np.testing.assert_allclose(model.running_mean.numpy(), exact.mean(axis=(0, 2, 3)), rtol=1e-12)
+        np.testing.assert_allclose(model.running_var.numpy(), exact.var(axis=(0, 2, 3)), rtol=1e-12)
+
+
+def test_under_autocast_the_statistics_stay_float32(loader):
+    """bf16 values have 3 digits, and their statistics more: of what the layer is given they are exact."""
+    given = []
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[0].register_forward_hook(lambda layer, inputs, output: given.append(output.detach().double()))
+    batches = [batch.float() for batch in loader.batches]
+    with torch.autocast("cpu", torch.bfloat16):
+        update_precise_bn(model, Loader(batches), batches=4)
+    exact = torch.cat(given).numpy()
+    assert model[1].running_var.dtype == torch.float32
+    np.testing.assert_allclose(model[1].running_var.numpy(), exact.var(axis=(0, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(model[1].running_mean.numpy(), exact.mean(axis=(0, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_sees_nothing_keeps_its_statistics_and_one_that_is_used_twice_counts_twice(loader):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.never = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.twice(x) + self.twice(5 * x)
+
+    model = Shared().double()
+    model.never.running_mean.fill_(3.0)
+    update_precise_bn(model, loader, batches=4)
+    exact = torch.cat([part for batch in loader.batches for part in (batch, 5 * batch)]).numpy()
+    np.testing.assert_allclose(model.twice.running_var.numpy(), exact.var(axis=(0, 2, 3)), rtol=1e-10)
+    assert model.never.running_mean.eq(3).all() and model.never.running_var.eq(1).all()
+
+
+@pytest.mark.parametrize(("asked", "drawn"), [(0, 1), (1, 1), (2, 2), (99, 4)])
 def test_at_least_one_batch_and_at_most_an_epoch(loader, asked, drawn):
     update_precise_bn(WithHead().double(), loader, batches=asked)
     assert loader.drawn == drawn
