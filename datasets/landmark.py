@@ -8,6 +8,7 @@ import os
 import re
 from typing import NamedTuple, Protocol
 
+import cv2
 import numpy as np
 import torch
 from numpy.random import PCG64, Generator, SeedSequence
@@ -197,6 +198,9 @@ class LandmarkDataset(Dataset):
                 return candidate, self._transform.write(ImageFile(self.path(candidate)), rng, out)
             except ImageError as error:
                 message = f"{self._list_file}, line {candidate + 1}: {error}"
+            except cv2.error as error:  # mostly memory
+                reason = f"OpenCV cannot crop or resize it ({error.err})"
+                message = f"{self._list_file}, line {candidate + 1}: {self.path(candidate)}: {reason}"
             broken.append(message)
         if tries == 1:
             return ImageError(message)

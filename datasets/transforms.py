@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from datasets.image import ImageFile
+from datasets.resize_part import resize_part
 
 # ImageNet statistics of pixels in 0..1, blue, green, red.
 MEAN_BGR = np.array([0.406, 0.456, 0.485], np.float32)
@@ -29,6 +30,10 @@ LIGHTING_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.81
 CROP_AREA = (0.08, 1.0)
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
+
+# Of an image before and after resizing together (400 MB in float32). Above, only what the crop needs is resized.
+_MOST_WHOLE_PIXELS = 2**25
+_MOST_WARPED_SIDE = 2**15 - 1  # OpenCV's, before version 5
 
 Box = tuple[float, float, float, float]  # y, x, height, width in pixels
 
@@ -159,6 +164,10 @@ def cut_fast(out: np.ndarray, image: np.ndarray, draw: TrainDraw, *, box: Box, r
     if draw.flip:
         left, right = left + right * (size - 1), -right
     matrix = np.array([[right, 0, left], [0, down, top]])
+    if max(image.shape) > _MOST_WARPED_SIDE:
+        y, x = max(0, int(top) - 2), max(0, int(min(left, left + right * (size - 1))) - 2)
+        image = image[y : y + math.ceil(down * size) + 5, x : x + math.ceil(abs(right) * size) + 5]
+        matrix[:, 2] -= x, y
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     cv2.warpAffine(image, matrix, (size, size), dst=out, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
@@ -223,16 +232,34 @@ def lighting_shift(alpha: tuple[float, float, float]) -> np.ndarray:
 def _cut_train(image: np.ndarray, draw: TrainDraw, size: int) -> np.ndarray:
     """float32 [size, size, 3]: cropped, resized, flipped."""
     if draw.box is None:
-        crop = _centre_crop(_resize_shorter(image.astype(np.float32), size), size)
+        crop = _scaled_centre(image, size, size)
     else:
         y, x, h, w = draw.box
-        crop = resize_bilinear(image[y : y + h, x : x + w].astype(np.float32), size, size)
+        crop = _resized(image[y : y + h, x : x + w], size, size, (0, 0, size, size))
     return cv2.flip(crop, 1) if draw.flip else crop
 
 
 def _cut_test(image: np.ndarray, resize: int, size: int) -> np.ndarray:
     assert resize >= size, f"a centre crop of {size} needs a shorter side of at least that, not {resize}"
-    return _centre_crop(_resize_shorter(image.astype(np.float32), resize), size)
+    return _scaled_centre(image, resize, size)
+
+
+def _scaled_centre(image: np.ndarray, shorter: int, size: int) -> np.ndarray:
+    """float32 [size, size, 3]: the centre of the image with its shorter side at `shorter`."""
+    height, width = _scaled_shorter(*image.shape[:2], shorter)
+    part = math.ceil((height - size) / 2), math.ceil((width - size) / 2), size, size
+    return _resized(image, height, width, part)
+
+
+def _resized(image: np.ndarray, height: int, width: int, part: tuple[int, int, int, int]) -> np.ndarray:
+    """float32 [h, w, 3], the part y, x, h, w of uint8 [H, W, 3] resized to `height` x `width`."""
+    if image.shape[0] * image.shape[1] + height * width > _MOST_WHOLE_PIXELS:
+        return resize_part(image, height, width, part)
+    y, x, h, w = part
+    whole = image.astype(np.float32)
+    if whole.shape[:2] != (height, width):
+        whole = resize_bilinear(whole, width, height)
+    return whole[y : y + h, x : x + w]
 
 
 def _box(draw: TrainDraw, height: int, width: int, size: int) -> Box:
@@ -249,14 +276,3 @@ def _scaled_shorter(height: int, width: int, size: int) -> tuple[int, int]:
     if min(height, width) == size:
         return height, width
     return (math.floor(height / width * size), size) if width < height else (size, math.floor(width / height * size))
-
-
-def _resize_shorter(image: np.ndarray, size: int) -> np.ndarray:
-    height, width = _scaled_shorter(*image.shape[:2], size)
-    return image if image.shape[:2] == (height, width) else resize_bilinear(image, width, height)
-
-
-def _centre_crop(image: np.ndarray, size: int) -> np.ndarray:
-    y = math.ceil((image.shape[0] - size) / 2)
-    x = math.ceil((image.shape[1] - size) / 2)
-    return image[y : y + size, x : x + size]

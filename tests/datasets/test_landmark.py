@@ -252,6 +252,22 @@ def test_a_broken_image_is_replaced_by_the_next_one_that_can_be_read(tmp_path, t
     assert dataset[(7, 0)].broken == []
 
 
+def test_an_image_that_opencv_cannot_resize_is_broken(tmp_path):
+    class Refusing(TrainTransform):
+        def write(self, file, rng, out):
+            if file.path.endswith("1.png"):
+                cv2.resize(np.empty((0, 5, 3), np.float32), (32, 32))
+            return super().write(file, rng, out)
+
+    batch = breaking(tmp_path, transform=Refusing(32)).__getitems__([(0, 0), (0, 1)])
+    assert batch.indices.tolist() == [0, 2]
+    (message,) = batch.broken
+    assert message.startswith(f"{tmp_path}/train_list.txt, line 2: {tmp_path}/1.png: OpenCV cannot crop or resize it (")
+    assert "\n" not in message
+    error = make(tmp_path, names=NAMES, transform=Refusing(32))[(0, 1)]
+    assert type(error) is ImageError and str(error) == message
+
+
 def test_a_batch_with_a_broken_image_leaves_its_memory_free(tmp_path, monkeypatch):
     dataset = make(tmp_path, names=NAMES)
     (tmp_path / "2.png").write_bytes(b"nothing")

@@ -5,6 +5,7 @@ import json
 import math
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -238,6 +239,52 @@ def test_the_fallback_is_a_centre_crop_of_the_scaled_image():
     assert np.array_equal(fallback, transform_test(image, 32, 32))
     flipped = transform_train(image, TrainDraw(None, True, (0, 0, 0)), 32)
     assert np.array_equal(flipped, fallback[:, :, ::-1])
+
+
+SHAPES = [(97, 161), (161, 97), (61, 87), (40, 900), (900, 41), (1, 700), (700, 1), (224, 300), (256, 256), (1, 1)]
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_what_is_cut_before_resizing_has_the_same_pixels(monkeypatch, height, width):
+    image = noise(height, width)
+    boxes = [None, (height // 3, width // 4, height - height // 3, width - width // 4)]
+    draws = [TrainDraw(box, flip, (0.1, 0, -0.2)) for box in boxes for flip in (False, True)]
+
+    def everything() -> list[np.ndarray]:
+        tested = [transform_test(image, *sizes) for sizes in ((256, 224), (64, 64), (97, 31))]
+        return tested + [transform_train(image, draw, size) for draw in draws for size in (224, 37)]
+
+    whole = everything()
+    monkeypatch.setattr(transforms, "_MOST_WHOLE_PIXELS", 0)
+    monkeypatch.setattr(cv2, "resize", None)
+    for part, same in zip(everything(), whole, strict=True):
+        if min(height, width) > 1:
+            assert_golden(part, same)
+        else:  # OpenCV has places in float32 there
+            assert np.abs(part - same).max() < 1e-4
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 60_000), (60_000, 1), (2, 65_500), (8192, 8192)])
+@pytest.mark.parametrize("mode", ["train", "test", "fast"])
+def test_no_shape_takes_memory_that_its_crop_does_not_need(tmp_path, height, width, mode):
+    """Of 1 x 60,000 pixels 36 GB were asked for, of 8192 x 8192 one. Columns and rows tell where the crop is from."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[...] = (
+        np.linspace(0, 250, max(height, width)).astype(np.uint8).reshape((-1, 1, 1) if height > 2 else (1, -1, 1))
+    )
+    size = 224
+    draw = TrainDraw(None, False, (0, 0, 0))
+    tracemalloc.start()
+    if mode == "fast":
+        crop = np.zeros((size, size, 3), np.uint8)
+        transforms.cut_fast(crop, image, draw, box=transforms._box(draw, height, width, size))
+    else:
+        out = transform_train(image, draw, size) if mode == "train" else transform_test(image, 256, size)
+        crop = 255 * (out * transforms.SD_BGR[:, None, None] + transforms.MEAN_BGR[:, None, None])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26
+    assert abs(crop.mean() - 125) < 2  # the centre
 
 
 # ------------------------------------------------------------------------------------------------ scales
