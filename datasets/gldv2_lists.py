@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.image_files import hidden_note
 from datasets.list_output import MISSING, UNSEEN, list_files, path_prefix, write_files
 from datasets.list_selection import (
     Exclusions,
@@ -164,9 +165,11 @@ def make_lists(
 def _source(out: Path, csv: Path | None, tree: Path | None, images: Path | None) -> tuple[Listing, Path]:
     """The listing and the folder that its paths start from."""
     if tree is not None:
-        listing, others = read_tree(tree)
+        listing, others, hidden = read_tree(tree)
         if others:
             _note(f"{len(others)} files below {tree} are no images, the first is {others[0]!a}")
+        if hidden:
+            _note(hidden_note(len(hidden), hidden[0], tree))
         return listing, tree
     table = csv if csv is not None else out / "train_clean.csv"
     if not table.exists():

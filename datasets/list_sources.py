@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.image_files import EXTENSIONS, is_hidden
+
 IMAGE_ID = re.compile(r"[0-9a-f]{16}")
 LANDMARK_ID = re.compile(r"[0-9]{1,15}")  # 16 digits would be an image's id
 WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")
 NO_TEXT = re.compile("[\\0\\ud800-\\udfff]")  # surrogates stand for bytes that are not UTF-8
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 FORMS = "landmark_id,images (train_clean.csv), id,url,landmark_id (train.csv) or path,label"
 
 
@@ -151,25 +152,29 @@ def _own_row(path: str, label: str) -> tuple[list[str], str]:
     return [os.path.normpath(path)], label  # so that a/b.jpg and a//b.jpg are known as one image
 
 
-def read_tree(root: str | os.PathLike) -> tuple[Listing, list[str]]:
-    """The images below `root`, each of the class that its folder's path below `root` names; and the other files.
+def read_tree(root: str | os.PathLike) -> tuple[Listing, list[str], list[str]]:
+    """The images below `root`, each of the class that its folder's path below `root` names; other files; hidden ones.
 
-    Links to folders are followed. Names that begin with a dot are no images. Raises SourceError for an image outside
-    any folder, a folder that is reached twice, and a name that is not UTF-8.
+    Links to folders are followed, hidden folders are not entered. Raises SourceError for an image outside any folder, a
+    folder that is reached twice, and a name that is not UTF-8.
     """
     root = os.path.abspath(root)
-    paths, labels, others = [], [], []
+    paths, labels, others, hidden = [], [], [], []
     seen: dict[str, str] = {}
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse_folder):
         real = os.path.realpath(folder)
         if real in seen:
             raise SourceError(f"{folder}: the same folder as {seen[real]}; its images would be listed twice")
         seen[real] = folder
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
         label = Path(os.path.relpath(folder, root)).as_posix()
+        inside = "" if label == "." else f"{label}/"
+        hidden += [inside + name for name in (*folders, *files) if is_hidden(name)]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in files:
-            path = name if label == "." else f"{label}/{name}"
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in SUFFIXES:
+            path = inside + name
+            if is_hidden(name):
+                continue
+            if not name.lower().endswith(EXTENSIONS):
                 others.append(path)
                 continue
             if NO_TEXT.search(path):
@@ -179,10 +184,8 @@ def read_tree(root: str | os.PathLike) -> tuple[Listing, list[str]]:
             paths.append(path)
             labels.append(label)
     if not paths:
-        raise SourceError(
-            f"{root}: no images below this folder; expected <class>/<name>{' or '.join(sorted(SUFFIXES))}"
-        )
-    return _listing(root, paths, labels, None, is_gldv2=False), sorted(others)
+        raise SourceError(f"{root}: no images below this folder; expected <class>/<name>{' or '.join(EXTENSIONS)}")
+    return _listing(root, paths, labels, None, is_gldv2=False), sorted(others), sorted(hidden)
 
 
 def _refuse_folder(error: OSError) -> None:

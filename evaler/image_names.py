@@ -13,8 +13,8 @@ from pathlib import Path
 from core.counter import bar
 from core.distributed import is_main
 from datasets.image import ImageError
+from datasets.image_files import EXTENSIONS, is_hidden
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ARCHIVES = (".tar",)
 # Inside a compressed archive nothing can be reached without unpacking all that lies before it.
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip", ".7z")
@@ -42,11 +42,12 @@ class Found:
     archives: list[str] = field(default_factory=list)
     compressed: list[str] = field(default_factory=list)
     others: int = 0
+    hidden: list[str] = field(default_factory=list)  # hidden folders are not entered
     circles: list[str] = field(default_factory=list)  # links that lead to a folder they lie in
 
 
 def search(folder: Path) -> Found:
-    """Everything below `folder`, told apart by extension.
+    """Everything below `folder` that is not hidden, told apart by extension.
 
     Links to folders are followed, except where one leads back to a folder that it lies in. Whatever is no folder and
     has an image's extension counts as an image, a link that leads nowhere too: it is missing, not absent by intention.
@@ -65,14 +66,16 @@ def search(folder: Path) -> Found:
                         continue
                     for entry in entries:
                         name = f"{inner}/{entry.name}" if inner else entry.name
-                        if entry.is_dir():
+                        if is_hidden(entry.name):
+                            found.hidden.append(name)
+                        elif entry.is_dir():
                             waiting.append((name, above | {identity}))
                         else:
                             _sort_in(found, name)
                             shown.update()
             except OSError as error:
                 raise ImageError(f"INFER.IMAGES {error.filename}: cannot be read ({error.strerror})") from error
-    for names in (found.images, found.archives, found.compressed, found.circles):
+    for names in (found.images, found.archives, found.compressed, found.hidden, found.circles):
         names.sort()
     for name in itertools.chain(found.images, found.archives):
         try:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from datasets.image import MAX_PIXELS, ImageError, decode
+from datasets.image_files import EXTENSIONS, hidden_note
 from evaler.image_list import Box, ImageList, LooseFiles
-from evaler.image_names import ARCHIVES, COMPRESSED, EXTENSIONS, read_list, search
+from evaler.image_names import ARCHIVES, COMPRESSED, read_list, search
 from evaler.tar_files import TarFiles
 from evaler.tar_index import tar_index
 from evaler.training_list import is_training_list, read_training_list
@@ -18,6 +19,7 @@ from revisitop import groundtruth
 __all__ = ["DISTRACTORS", "Box", "ImageList", "crop", "distractors", "named_images", "read_cropped", "revisited_set"]
 
 KEY = "INFER.IMAGES"
+_LOOKED_FOR = f"(looked for {' '.join(EXTENSIONS)})"
 DISTRACTORS = "revisitop1m"  # the set without queries
 
 
@@ -50,8 +52,8 @@ def distractors(data_dir: str | os.PathLike, name: str = DISTRACTORS) -> ImageLi
 def named_images(path: str | os.PathLike, *, cache_dir: Path | None = None) -> tuple[ImageList, list[str]]:
     """The images that INFER.IMAGES names, and notes on what is left out.
 
-    - A folder: all images in it and below (by extension, `EXTENSIONS`), named by their paths relative to it, sorted as
-      strings. Links to folders are followed, but not back into a folder they lie in.
+    - A folder: all images in it and below (by extension, `EXTENSIONS`; not what `is_hidden`), named by their paths
+      relative to it, sorted as strings. Links to folders are followed, but not back into a folder they lie in.
     - A tar archive, or a folder of archives (`.tar`, not compressed): archives in sorted order, their members as they
       lie there, named by the members' paths. They are read without unpacking; the index is kept in `cache_dir`.
     - A list file: a path a line, relative to the list's folder (absolute paths are refused: names must not depend on
@@ -82,6 +84,7 @@ def named_images(path: str | os.PathLike, *, cache_dir: Path | None = None) -> t
 def _folder(folder: Path, cache_dir: Path | None) -> tuple[ImageList, list[str]]:
     found = search(folder)
     notes = [f"{circle} leads back to a folder that it lies in and is not entered" for circle in found.circles]
+    hidden = [hidden_note(len(found.hidden), found.hidden[0], folder)] if found.hidden else []
     if found.archives and found.images:
         raise ImageError(
             f"{KEY} {folder}: holds images ({found.images[0]}) and archives ({found.archives[0]}); name one "
@@ -91,21 +94,24 @@ def _folder(folder: Path, cache_dir: Path | None) -> tuple[ImageList, list[str]]
         raise _compressed(folder / found.compressed[0])
     if found.archives:
         images, more = _archives([folder / name for name in found.archives], folder, cache_dir)
-        return images, notes + more
+        return images, notes + hidden + more
     if not found.images:
-        raise ImageError(f"{KEY} {folder}: no image in it (looked for {' '.join(EXTENSIONS)}, and .tar archives)")
+        raise ImageError(
+            f"{KEY} {folder}: {'; '.join([f'no image in it, and no .tar archive {_LOOKED_FOR}', *hidden])}"
+        )
     if found.others:
         notes.append(f"{found.others} files in {folder} have no image's extension and are left out")
-    return ImageList(found.images, LooseFiles(folder, found.images)), notes
+    return ImageList(found.images, LooseFiles(folder, found.images)), notes + hidden
 
 
 def _archives(paths: list[Path], named: Path, cache_dir: Path | None) -> tuple[ImageList, list[str]]:
     digest = hashlib.sha256(b"\0".join(os.fsencode(os.path.abspath(path)) for path in paths)).hexdigest()
     index = tar_index(paths, cache_dir / f"tar-index-{digest[:16]}" if cache_dir else None)
+    hidden = [archive for archive in index.archives if archive.hidden]
+    notes = [hidden_note(sum(archive.hidden for archive in hidden), hidden[0].first_hidden, named)] if hidden else []
     if not index.names:
-        raise ImageError(f"{KEY} {named}: no image in the archive (looked for {' '.join(EXTENSIONS)})")
+        raise ImageError(f"{KEY} {named}: {'; '.join([f'no image in the archive {_LOOKED_FOR}', *notes])}")
     links, others = (sum(getattr(archive, kind) for archive in index.archives) for kind in ("links", "others"))
-    notes = []
     if links:
         notes.append(f"{links} images in {named} are links and left out; pack them with tar -h --hard-dereference")
     if others:

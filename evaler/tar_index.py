@@ -10,7 +10,7 @@ import os
 import tarfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,10 +20,11 @@ from core.counter import bar
 from core.distributed import is_main
 from core.environment import atomic_write
 from datasets.image import ImageError
-from evaler.image_names import EXTENSIONS, checked_name, first_double
+from datasets.image_files import EXTENSIONS, is_hidden
+from evaler.image_names import checked_name, first_double
 from evaler.tar_members import members
 
-VERSION = 1
+VERSION = 2
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")  # gzip, bzip2, xz, zstd, zip
 
 
@@ -37,6 +38,8 @@ class Archive:
     images: int = 0
     links: int = 0  # members with an image's extension that are links: their bytes lie elsewhere
     others: int = 0
+    hidden: int = 0
+    first_hidden: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +55,8 @@ class TarIndex:
 def tar_index(paths: Sequence[str | os.PathLike], cache: Path | None = None) -> TarIndex:
     """Index archives, or take the index that is in `cache` if path, size and time of change of each are as they were.
 
-    A name is a member's path without a leading `./`. Regular members with an image's extension (`EXTENSIONS`) count.
+    A name is a member's path without a leading `./`. Regular members with an image's extension (`EXTENSIONS`) count,
+    but for hidden ones.
     Raises `ImageError` for an archive that is missing, compressed, truncated or damaged, or holds a sparse image, and
     for a name that comes twice or cannot be written down.
     """
@@ -95,11 +99,14 @@ def _build(archives: list[Archive]) -> TarIndex:
 def _read(archive: Archive, names: list[str], offsets: array, sizes: array, advance: Callable) -> Archive:
     """Add the images of an archive; return it with their number."""
     path, before = archive.path, len(names)
-    links = others = position = 0
+    links = others = hidden = position = 0
+    first_hidden = ""
     try:
         with open(path, "rb") as file:
             for member, end in _members(path, file):
-                if member.isdir() or not member.name.lower().endswith(EXTENSIONS):
+                if is_hidden(member.name):
+                    hidden, first_hidden = hidden + 1, first_hidden or member.name[:200]
+                elif member.isdir() or not member.name.lower().endswith(EXTENSIONS):
                     others += not member.isdir()
                 elif not member.isreg():
                     links += 1
@@ -117,7 +124,8 @@ def _read(archive: Archive, names: list[str], offsets: array, sizes: array, adva
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
     if _archive(path) != archive:
         raise ImageError(f"{path}: has changed while it was read; wait until it is complete")
-    return Archive(path, archive.size, archive.mtime_ns, len(names) - before, links, others)
+    counts = {"links": links, "others": others, "hidden": hidden, "first_hidden": first_hidden}
+    return replace(archive, images=len(names) - before, **counts)
 
 
 def _members(path: str, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:

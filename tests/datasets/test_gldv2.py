@@ -15,6 +15,7 @@ from datasets import list_output, list_selection
 from datasets.gldv2_lists import main, make_lists
 from datasets.landmark import read_list
 from datasets.list_sources import SourceError, read_csv
+from evaler.images import named_images
 from tests.small_run import ROOT, python
 
 LISTS = ("train_list.txt", "val_list.txt", "labels.csv")
@@ -328,7 +329,8 @@ def test_whole_numbers_as_labels_keep_their_order(tmp_path):
 
 
 def test_a_folder_per_class(tmp_path, capsys):
-    for name in ("b/1.jpg", "b/2.JPEG", "a/x y.png", "a/deep/3.webp", "b/notes.txt", "b/._1.jpg", ".git/x/4.jpg"):
+    names = ("b/1.jpg", "b/2.JPEG", "a/x y.png", "a/deep/3.webp", "b/notes.txt")
+    for name in (*names, "b/._1.jpg", ".git/x/4.jpg", "@eaDir/6.jpg"):
         touch(tmp_path / "root" / name)
     (tmp_path / "c").mkdir()
     touch(tmp_path / "c/5.tif")
@@ -339,7 +341,13 @@ def test_a_folder_per_class(tmp_path, capsys):
         f"{root}/{line}" for line in ("a/x y.png 0", "a/deep/3.webp 1", "b/1.jpg 2", "b/2.JPEG 2", "c/5.tif 3")
     ]
     assert (tmp_path / "lists/labels.csv").read_text() == "label,class,images\n0,a,1\n1,a/deep,1\n2,b,2\n3,c,1\n"
-    assert capsys.readouterr().err == f"note: 2 files below {root} are no images, the first is 'b/._1.jpg'\n"
+    assert capsys.readouterr().err == (
+        f"note: 1 files below {root} are no images, the first is 'b/notes.txt'\n"
+        f"note: 3 hidden or system files and folders in {root} are left out, the first is '.git'\n"
+    )
+    listed = (tmp_path / "lists/train_list.txt").read_text().splitlines()
+    described = named_images(root)[0].names  # extraction and training lists agree
+    assert [f"{root}/{name}" for name in described] == [line.rpartition(" ")[0] for line in listed]
     (tmp_path / "x.txt").write_text("a/deep\nb/2.JPEG\na/x y.png  # a path with a blank\n")
     make_lists(tree=root, out=tmp_path / "lists", val=0, exclude=tmp_path / "x.txt", force=True)
     assert (tmp_path / "lists/train_list.txt").read_text() == f"{root}/b/1.jpg 0\n{root}/c/5.tif 1\n"

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from datasets.image_files import EXTENSIONS
 from evaler import extract, features
-from evaler.images import EXTENSIONS
 from tests import broken_inputs
 from tests.small_run import photograph, write_image
 

@@ -173,7 +173,7 @@ def test_a_folder_is_listed_by_relative_path(tree):
 
 def test_places_that_hold_nothing_to_describe(tmp_path, tree):
     assert refusal(tmp_path / "absent").endswith("absent: no such folder, list file or tar archive")
-    assert "no image in it (looked for .bmp " in refusal(tree / "folder.jpg")
+    assert "no image in it, and no .tar archive (looked for .bmp " in refusal(tree / "folder.jpg")
     assert refusal(tree / "three.jpeg").endswith("name a folder of images, a list file or a tar archive")
     os.mkfifo(tmp_path / "pipe")
     assert "name a folder" in refusal(tmp_path / "pipe")
@@ -187,9 +187,48 @@ def test_a_name_that_could_not_be_written_down_is_refused_before_the_work(tree, 
 
 
 def test_unusual_names_are_fine(tree):
-    for name in ("ä ö.jpg", "a\u00a0b.jpg", "x'y\".jpg", "..b.jpg"):
+    for name in ("ä ö.jpg", "a\u00a0b.jpg", "x'y\".jpg", "a..b.jpg"):
         write_image(tree / "c.jpg", photograph(9)).rename(tree / name)
     assert len(named(tree)) == 8
+
+
+HIDDEN = (
+    *("a/._one.jpg", ".a.jpg", "..b.jpg", "a/.ipynb_checkpoints/one-checkpoint.jpg", ".Trash-1000/files/x.jpg"),
+    *(".thumbnails/x.png", "@eaDir/one.jpg/SYNOPHOTO_THUMB_M.jpg", "#recycle/x.jpg", "$RECYCLE.BIN/S-1/$R1.jpg"),
+    *("__MACOSX/a/x.jpg", "a/System Volume Information/x.jpg", "Thumbs.db", ".archive.tar", "lost+found/x.jpg"),
+)
+
+
+def test_hidden_and_system_files_are_left_out_of_folders_and_archives_and_told(tmp_path, tree):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in (*HIDDEN, *NAMES, *(f"./{name}" for name in HIDDEN)):
+            add(tar, name, b"x")
+    for name in HIDDEN:
+        write_image(tree / "c.jpg", photograph(9)).rename(_made(tree / name))
+    images, notes = named_images(tree)
+    assert images.names == NAMES
+    assert notes[-1] == f"14 hidden or system files and folders in {tree} are left out, the first is '#recycle'"
+    for _ in range(2):  # read, and as it was kept
+        images, notes = named_images(tmp_path / "x.tar", cache_dir=tmp_path / "cache")
+        assert images.names == NAMES
+        assert notes == [
+            f"28 hidden or system files and folders in {tmp_path}/x.tar are left out, the first is 'a/._one.jpg'"
+        ]
+    (tree / "list.txt").write_text("\n".join(HIDDEN[:2]))
+    assert named(tree / "list.txt").names == list(HIDDEN[:2])  # a list is meant as it stands
+
+
+def _made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def test_where_all_is_hidden_it_is_told(tmp_path):
+    write_image(tmp_path / "photos" / ".a" / "b.jpg", photograph(9))
+    assert refusal(tmp_path / "photos").endswith("the first is '.a'")
+    make_tar(tmp_path / "x.tar", {".a/b.jpg": b"b"})
+    assert refusal(tmp_path / "x.tar").endswith("the first is '.a/b.jpg'")
+    assert named(tmp_path / "photos" / ".a").names == ["b.jpg"]  # the folder that is asked for may be hidden
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path, tree):
@@ -551,7 +590,7 @@ def test_a_damaged_index_is_made_again(tmp_path, shards, builds):
 
 def test_an_index_of_another_version_is_made_again(tmp_path, shards, builds, monkeypatch):
     named(shards, tmp_path / "cache")
-    monkeypatch.setattr(tar_index, "VERSION", 2)
+    monkeypatch.setattr(tar_index, "VERSION", tar_index.VERSION + 1)
     named(shards, tmp_path / "cache")
     assert len(builds) == 2
 
