@@ -347,7 +347,7 @@ def test_a_folder_per_class(tmp_path, capsys):
     )
     listed = (tmp_path / "lists/train_list.txt").read_text().splitlines()
     described = named_images(root)[0].names  # extraction and training lists agree
-    assert [f"{root}/{name}" for name in described] == [line.rpartition(" ")[0] for line in listed]
+    assert [f"{root}/{name}" for name in described] == sorted(line.rpartition(" ")[0] for line in listed)
     (tmp_path / "x.txt").write_text("a/deep\nb/2.JPEG\na/x y.png  # a path with a blank\n")
     make_lists(tree=root, out=tmp_path / "lists", val=0, exclude=tmp_path / "x.txt", force=True)
     assert (tmp_path / "lists/train_list.txt").read_text() == f"{root}/b/1.jpg 0\n{root}/c/5.tif 1\n"
