@@ -12,6 +12,7 @@ from datasets.image_header import ImageError, Size
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MOST_CHUNKS = 100_000
+_NAME = re.compile(rb"[A-Za-z]{2}[A-Z][A-Za-z]")  # others libpng refuses
 _ORDER = re.compile("IHDR (PLTE )?(IDAT )+IEND")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type: grey, RGB, palette, and with alpha
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
@@ -40,10 +41,13 @@ def cleaned(data: bytes) -> bytes:
         if end > len(data):
             raise ImageError("truncated or damaged PNG (no IEND chunk at its end)")
         payload, position = view[start : end - 4], end
-        if name[:1].islower() and name != b"eXIf":
-            continue
+        # Of every chunk: one whose name is damaged may have been the orientation.
         if zlib.crc32(payload, zlib.crc32(name)) != int.from_bytes(view[end - 4 : end], "big"):
             raise ImageError(f"damaged PNG (wrong checksum of its {name!a} chunk)")
+        if not _NAME.fullmatch(name):
+            raise ImageError(f"damaged PNG (no chunk is called {name!a})")
+        if name[:1].islower() and name != b"eXIf":
+            continue
         chunk = view[start - 8 : end]
         if name == b"eXIf":  # libpng complains about a second one, and about one that is no TIFF
             if not has_exif and bytes(payload[:4]) in (b"II*\0", b"MM\0*"):

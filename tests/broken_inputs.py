@@ -210,6 +210,8 @@ def _pngs() -> list[Kind]:
     sixteen = np.arange(0, 65536, 16, dtype=">u2").reshape(64, 64)
     sixteen_rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in sixteen))
     alpha = np.dstack([image[..., ::-1], np.zeros((height, width), np.uint8)])
+    turned = png(width, height, idat, before=chunk(b"eXIf", exif(6)[10:]))
+    misnamed = {name: turned.replace(b"eXIf", name) for name in (b"eXIg", b"dXIf", b"exIf", b"eXif")}
     alpha_rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in alpha))
     return [
         *(_file(f"cut-at-{share}.png", plain[: int(share * len(plain))], "truncated") for share in (0.001, 0.5, 0.999)),
@@ -225,6 +227,15 @@ def _pngs() -> list[Kind]:
         _file("impossible-header.png", png(4, 1, zlib.compress(bytes(5)), colour=5), "impossible header"),
         _file("no-width.png", png(0, 1, zlib.compress(b"\0")), "without pixels"),
         _file("unknown-critical-chunk.png", png(width, height, idat, before=chunk(b"ABCD", b"")), "its chunks are not"),
+        *(
+            _file(f"orientation-called-{name.decode()}.png", data, "wrong checksum of its")
+            for name, data in misnamed.items()
+        ),
+        *(
+            _file(f"chunk-with-{what}.png", png(width, height, idat, before=chunk(name, b"")), "no chunk is called")
+            for what, name in (("reserved-bit", b"eXif"), ("zero-in-its-name", b"a\0Bc"), ("no-letter", b"a&Bc"))
+        ),
+        _file("turned.png", turned, pixels=np.rot90(image, -1)),
         _file("many-chunks.png", png(width, height, idat, before=chunks), "more than 100000 chunks"),
         _file("announces-60000.png", png(60_000, 60_000, zlib.compress(bytes(999))), "60000 x 60000 pixels"),
         _file("bomb-20000.png", png(20_000, 20_000, zeros(20_000 * 60_001)), "20000 x 20000 pixels, more than 67"),
