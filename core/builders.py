@@ -11,11 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from core.checkpoint import check_saved_settings, newest_checkpoint
+from core.checkpoint import newest_checkpoint
 from core.distributed import rank, world_size
 from core.download import local_path
 from core.environment import sha256_file
 from core.optimizer import build_adamw, build_sgd, parameter_groups
+from core.saved_settings import check_saved_settings, network_settings, read_saved
 from core.schedule import learning_rate
 from core.step import TrainStep
 from datasets.device import DeviceBatches
@@ -26,7 +27,7 @@ from model.classifier import Classifier
 from model.dolg import DOLG
 from model.margin import build_head
 from model.resnet import ResNet
-from model.weights import CLASS_MATRIX, load_initial, load_strict, normalise_names, read_checkpoint
+from model.weights import better_state, load_initial, load_strict, normalise_names, read_checkpoint
 
 # Its name changed in torch 2.13.
 _ddp_arguments = inspect.signature(DistributedDataParallel).parameters
@@ -102,18 +103,12 @@ def load_tested_weights(cfg: CfgNode, model: DOLG) -> tuple[Path, list[str]]:
 
 
 def _load_weights(cfg: CfgNode, model: DOLG, path: Path, load: Callable[..., list[str]]) -> list[str]:
-    content = read_checkpoint(path)
-    averaged = []
-    if "ema_state" in content:
-        averaged = [f"{path}: the moving average of the weights is used"]
-        content = {**content, "model_state": content["ema_state"]}
-    state = normalise_names(content, source=str(path))
-    head = getattr(model, "desc_cls", None)
-    if head is not None and CLASS_MATRIX in state and len(state[CLASS_MATRIX]) == head.num_classes:
-        state[CLASS_MATRIX] = head.shard(state[CLASS_MATRIX])
-    notes = averaged + load(model, state, source=str(path))
-    check_saved_settings(content.get("cfg"), cfg, path)  # after the load, which says more of another architecture
-    return notes
+    content, note = better_state(read_checkpoint(path), source=str(path))
+    network_settings(read_saved(content.get("cfg"))[0], source=str(path))  # names another family of networks
+    notes = [note] if note else []
+    notes += load(model, normalise_names(content, source=str(path)), source=str(path))
+    # After the load, which says more of another architecture.
+    return notes + check_saved_settings(content.get("cfg"), cfg, path)
 
 
 def build_train_loader(cfg: CfgNode) -> ImageLoader:

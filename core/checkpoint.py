@@ -3,21 +3,15 @@
 import contextlib
 import os
 import re
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import yaml
-from yacs.config import CfgNode
 
 from core.environment import atomic_write
 from model.weights import WeightsError, read_checkpoint
 
 FOLDER = "checkpoints"
 BEST = "model_best.pyth"
-# Settings that change what a network computes without changing a shape: a file's own `cfg` tells them.
-UNSEEN_IN_SHAPES = ("RESNET.STRIDE_1X1", "BN.EPS")
 PATTERN = re.compile(r"model_epoch_(\d{4,})(?:_iter_(\d{6,}))?\.pyth")
 KEPT_INSIDE_EPOCHS = 2  # where all that end an epoch are kept: one more than needed, should the newest be damaged
 
@@ -55,19 +49,9 @@ def newest_checkpoint(out_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, None if every byte is as it was written.
-
-    `torch.save` writes a zip archive with a checksum of each part; `torch.load` does not look at them.
-    """
+    """What is wrong with a checkpoint file, None if all that it holds is as it was written."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # a damaged archive makes zipfile raise anything
-        return " ".join(f"{error}".split()) or type(error).__name__
-    if damaged:
-        return f"wrong checksum of {damaged}"
-    try:
-        read_checkpoint(path)  # the archive's own directory has no checksum
+        read_checkpoint(path)
     except WeightsError as error:
         return str(error).removeprefix(f"{path}: ")
     return None
@@ -115,33 +99,3 @@ def remove_unfinished(out_dir: str | Path) -> None:
     for path in (Path(out_dir) / FOLDER).glob(".model_*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-
-
-def check_saved_settings(text: object, cfg: CfgNode, path: Path) -> None:
-    """Hold `cfg` against a weight file's own configuration, in what the shapes of its weights do not show.
-
-    Raises `ValueError` naming the file and the key to set. A file without a configuration, or with one that is not
-    YAML, cannot be checked.
-    """
-    for key, there, here in changed_settings(text, cfg):
-        if key in UNSEEN_IN_SHAPES and isinstance(there, type(here)):  # anything else is not a value of this key
-            raise ValueError(f"{path}: trained with {key} {there}, here it is {here}: set {key} {there}")
-
-
-def changed_settings(text: object, cfg: CfgNode) -> list[tuple[str, object, object]]:
-    """(key, value there, value here) of every key that a saved configuration (YAML) has with another value."""
-    try:
-        saved = yaml.safe_load(text) if isinstance(text, str) else None
-    except yaml.YAMLError:
-        return []
-    return list(_differences(saved, cfg, ""))
-
-
-def _differences(saved: object, cfg: CfgNode, prefix: str) -> Iterator[tuple[str, object, object]]:
-    if not isinstance(saved, dict):
-        return
-    for name, here in cfg.items():
-        if isinstance(here, CfgNode):
-            yield from _differences(saved.get(name), here, f"{prefix}{name}.")
-        elif name in saved and saved[name] != here:
-            yield f"{prefix}{name}", saved[name], here

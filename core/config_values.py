@@ -4,13 +4,16 @@ YACS' own merge stops at `OPTIM.BASE_LR 1` (an integer) and names no file; this 
 """
 
 import ast
+import contextlib
 import difflib
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yacs.config import CfgNode
+
+from core.safe_yaml import LARGEST_INT, YamlError, read_yaml
 
 # Keys of pycls and of the published YAML files that nothing reads (most were not read there either).
 IGNORED = {
@@ -31,18 +34,6 @@ class ConfigError(ValueError):
     """A configuration the user has to mend; the message is one line."""
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML takes the last of equal keys and forgets the others: half a configuration could go unread."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def merge_yaml(cfg: CfgNode, path: Path, *, defaults: CfgNode) -> list[str]:
     """Merge a YAML file into `cfg`; return the notes about keys without effect."""
     try:
@@ -52,11 +43,10 @@ def merge_yaml(cfg: CfgNode, path: Path, *, defaults: CfgNode) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration file: {_one_line(error)}") from None
     try:
-        tree = yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        tree = read_yaml(text)
+    except YamlError as error:
+        line = f" line {error.line}" if error.line else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -89,7 +79,7 @@ def merge_overrides(cfg: CfgNode, overrides: list[str], *, defaults: CfgNode) ->
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # anything that is no value is text
         return text
 
 
@@ -149,15 +139,13 @@ def _typed(default: Any, value: Any, key: str, source: str) -> Any:
         if isinstance(value, bool):
             return value
     elif isinstance(default, int):
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool) and -LARGEST_INT < value < LARGEST_INT:
             return value
     elif isinstance(default, float):
         # PyYAML reads 1e-4 (no dot) as text.
         if isinstance(value, int | float | str) and not isinstance(value, bool):
-            try:
+            with contextlib.suppress(ValueError, OverflowError):
                 return float(value)
-            except ValueError:
-                pass
     elif isinstance(default, str):
         if isinstance(value, str):
             return value
@@ -169,7 +157,14 @@ def _typed(default: Any, value: Any, key: str, source: str) -> Any:
             return [_typed(kind, item, key, source) for item in value]
         return [_typed(kind, value, key, source)]
     expected = {bool: "True or False", int: "a whole number", float: "a number", str: "text", list: "a list"}
-    raise ConfigError(f"{source}: {key} takes {expected[type(default)]}, not {value!r}")
+    raise ConfigError(f"{source}: {key} takes {expected[type(default)]}, not {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """In a message: whatever its length."""
+    if isinstance(value, int) and not -LARGEST_INT < value < LARGEST_INT:
+        return "a number of more than 64 bits"  # Python refuses to print thousands of digits
+    return reprlib.repr(value)
 
 
 def _one_line(error: Exception) -> str:

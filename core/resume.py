@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from core.checkpoint import changed_settings, check_saved_settings
 from core.distributed import gather_objects, is_main, world_size
 from core.environment import code_version
 from core.position import Position
+from core.saved_settings import changed_settings, check_saved_settings
 from model.weights import CLASS_MATRIX, load_strict, normalise_names, read_checkpoint
 
 CONTENT = {"epoch": int, "model_state": dict, "optimizer_state": dict}
@@ -106,14 +106,13 @@ def restore(
     run = content.get("run") if isinstance(content.get("run"), dict) else {}
     _check_lists(run.get("lists"), lists or {}, path)
     _load_model(model, content, path)
-    check_saved_settings(content.get("cfg"), cfg, path)
+    notes = check_saved_settings(content.get("cfg"), cfg, path)
     _load_optimizer(model, optimizer, content["optimizer_state"], path)
-    notes = []
-    if average is not None and "ema_state" in content:
+    if average is not None and "ema_state" in content and run:  # that of another code may be as it was at the start
         _load_model(average, {"model_state": content["ema_state"]}, path)
     elif average is not None:
         average.load_state_dict(model.state_dict())
-        notes.append(f"{path} holds no moving average of the weights: it starts from the weights")
+        notes.append(f"{path} holds no moving average of ours: it starts from the weights")
     if scaler is not None and run.get("scaler"):
         scaler.load_state_dict(run["scaler"])
     position.epochs_done, position.iteration = content["epoch"] + 1, content.get("iteration", 0)
@@ -144,7 +143,6 @@ def _load_model(model: nn.Module, content: dict, path: Path) -> None:
         classes = len(state[CLASS_MATRIX])
         if classes != head.num_classes:
             raise ValueError(f"{path}: its head has {classes} classes, MODEL.NUM_CLASSES is {head.num_classes}")
-        state[CLASS_MATRIX] = head.shard(state[CLASS_MATRIX])
     load_strict(model, state, source=str(path))
     own = [name for name, _ in model.named_parameters()]
     if [name for name in state if name in set(own)] != own:  # the optimiser numbers them

@@ -10,11 +10,11 @@ from torch import nn
 from yacs.config import CfgNode
 
 from core.builders import build_descriptor, load_tested_weights
-from core.checkpoint import UNSEEN_IN_SHAPES, changed_settings
 from core.config import get_cfg, load_cfg
 from core.download import local_path
+from core.saved_settings import network_settings, read_saved
 from datasets.image import ImageError, decode
-from evaler.multiscale import describe_batch, reduce_to_fit
+from evaler.multiscale import check_lengths, describe_batch, reduce_to_fit
 from model.inference import for_inference
 from model.weights import architecture, normalise_names, read_checkpoint
 
@@ -33,7 +33,8 @@ class Describer:
         """Descriptors float32 [N, D] of length 1; of one image that is not in a list, [D].
 
         An image is a file's path, or pixels: uint8 [H, W, 3] in the order blue, green, red (as OpenCV reads them).
-        Raises `ImageError` naming a file that is missing, truncated or no image, and `ValueError` for other pixels.
+        Raises `ImageError` naming a file that is missing, truncated or no image, and `ValueError` for other pixels and
+        for a descriptor that is zero or not finite.
         """
         if isinstance(images, str | os.PathLike | np.ndarray):
             return self._describe(images)
@@ -44,12 +45,15 @@ class Describer:
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
             raise ValueError(f"pixels are uint8 [H, W, 3], these are {pixels.dtype} {list(pixels.shape)}")
         pixels = reduce_to_fit(pixels, scales=self.scales, max_pixels=self.max_level_pixels)
+        name = "an image" if isinstance(image, np.ndarray) else str(image)
         try:
-            return describe_batch(self.network, pixels[None], scales=self.scales, max_pixels=self.max_level_pixels)[0]
+            found = describe_batch(self.network, pixels[None], scales=self.scales, max_pixels=self.max_level_pixels)
         except ValueError as error:
             if isinstance(image, np.ndarray):
                 raise
             raise ImageError(f"{image}: {error}") from None
+        check_lengths(found, [name])
+        return found[0]
 
 
 def load(
@@ -90,10 +94,7 @@ def settings_of(path: str | os.PathLike) -> list[str]:
     """KEY VALUE ... that build the network of a weight file. Raises `WeightsError`."""
     content = read_checkpoint(path)
     found = {"RESNET.STRIDE_1X1": False}  # as in every published file
-    saved = {key: there for key, there, _ in changed_settings(content.get("cfg"), get_cfg())}
-    if content.get("cfg"):
-        found["RESNET.STRIDE_1X1"] = get_cfg().RESNET.STRIDE_1X1
-        found |= {key: value for key, value in saved.items() if key in UNSEEN_IN_SHAPES}
+    found |= network_settings(read_saved(content.get("cfg"))[0], source=str(path))
     found |= architecture(normalise_names(content, source=str(path)))
     if found.get("MODEL.DEPTH") in BASIC_DEPTHS:
         found |= {"RESNET.TRANS_FUN": "basic_transform", "MODEL.S3_DIM": 256, "MODEL.S4_DIM": 512}

@@ -59,6 +59,14 @@ def describe_batch(
     return F.normalize(sum_ / len(scales)).cpu().numpy()
 
 
+def check_lengths(vectors: np.ndarray, names: Sequence[str]) -> None:
+    """Raise `ValueError` for descriptors [N, D] that are not of length 1: of weights or images that give nothing."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    for name, length in zip(names, lengths, strict=True):
+        if not abs(length - 1) < 1e-3:  # NaN too
+            raise ValueError(f"{name}: its descriptor has length {length:.4g}, not 1; a precision of fp32 may mend it")
+
+
 def pyramid(images: np.ndarray, scales: Sequence[float]) -> Iterator[Tensor]:
     """uint8 [B, H, W, 3] -> at each scale float32 [B, 3, h, w] in channels_last, with the values of `preprocess`."""
     height, width = images.shape[1:3]

@@ -17,7 +17,7 @@ from evaler.extraction_job import limits_of
 from evaler.features import Features, FeaturesError, load
 from evaler.gpu_jpeg import nvjpeg
 from evaler.image_list import ImageList, LooseFiles
-from evaler.multiscale import describe_batch
+from evaler.multiscale import check_lengths, describe_batch
 from evaler.pictures import Pictures
 from evaler.provenance import LIST_KEYS, MACHINE_KEYS, differing_keys
 from evaler.top_k import top_k
@@ -41,9 +41,11 @@ def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> n
     images = ImageList(names, LooseFiles("", names))
     pictures = Pictures(images, limits, on_gpu=nvjpeg() if cfg.INFER.GPU_JPEG else None)
     sizes = {"scales": limits.scales, "max_pixels": limits.max_level_pixels}
-    return np.concatenate(
+    found = np.concatenate(
         [describe_batch(network, pictures.picture(index).pixels[None], **sizes) for index in range(len(images))]
     )
+    check_lengths(found, names)
+    return found
 
 
 def with_weights_of(path: str, settings: list[str], features: Features) -> CfgNode:

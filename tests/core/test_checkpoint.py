@@ -17,8 +17,6 @@ from core import checkpoint
 from core.builders import build_classifier, build_descriptor, load_initial_weights, load_tested_weights
 from core.checkpoint import (
     BEST,
-    changed_settings,
-    check_saved_settings,
     checkpoint_path,
     checkpoints,
     find_fault,
@@ -29,9 +27,11 @@ from core.checkpoint import (
     write_checkpoint,
 )
 from core.config import get_cfg, load_cfg
-from model.weights import WeightsError, read_checkpoint
+from core.saved_settings import changed_settings, check_saved_settings
+from model.weights import WeightsError, better_state, read_checkpoint
 from tests.small_run import ROOT, child_environment
 
+STATES = {"model_state": 1.0, "ema_state": 2.0}
 CONTENT = {"epoch": 0, "model_state": {"weight": torch.arange(600.0).reshape(20, 30)}, "cfg": "A: 1\n"}
 
 
@@ -91,8 +91,10 @@ def test_a_broken_newest_is_named_and_the_one_before_it_taken(tmp_path):
     paths[1].write_bytes(data)
     newest, notes = newest_checkpoint(tmp_path)
     assert newest == paths[0]
-    assert re.fullmatch(rf"{paths[2]} is broken \(File is not a zip file\): the one before it is used", notes[0])
-    assert re.fullmatch(rf"{paths[1]} is broken \(wrong checksum of \S*data/\S+\): the one before it is used", notes[1])
+    reasons = "File is not a zip file", r"Bad CRC-32 for .*data/\d+'"
+    for path, note, reason in zip(paths[:0:-1], notes, reasons, strict=True):
+        why = rf"not a readable weight file: its archive is damaged or cut short \({reason}\)"
+        assert re.fullmatch(rf"{path} is broken \({why}\): the one before it is used", note)
 
 
 def test_if_all_are_broken_nothing_is_begun_anew(tmp_path):
@@ -113,7 +115,7 @@ def test_no_flipped_bit_changes_what_is_read_unnoticed(tmp_path):
         if find_fault(path):
             noticed += 1
             continue
-        content = torch.load(path, weights_only=True)  # the bit lies in the padding between the parts
+        content = read_checkpoint(path)  # the bit lies in the padding, in a date or a count
         assert content["epoch"] == 0 and content["cfg"] == "A: 1\n"
         assert torch.equal(content["model_state"]["weight"], CONTENT["model_state"]["weight"])
     assert noticed > 150
@@ -320,7 +322,9 @@ def test_weights_trained_with_another_setting_that_no_shape_shows_are_refused(sa
     ],
 )
 def test_a_saved_configuration_that_agrees_or_says_nothing_is_no_hindrance(saved):
-    assert check_saved_settings(saved, get_cfg(), Path("w.pyth")) is None
+    notes = check_saved_settings(saved, get_cfg(), Path("w.pyth"))
+    unreadable = saved in ("RESNET", "{", 3)
+    assert len(notes) == unreadable and all("its saved configuration cannot be read" in note for note in notes)
 
 
 def test_changed_settings_are_listed_by_key():
@@ -335,27 +339,55 @@ def test_every_load_of_weights_holds_the_saved_configuration_against_ours_after_
     path = tmp_path / "r18.pyth"
     small = ["MODEL.DEPTH", "18", "RESNET.TRANS_FUN", "basic_transform", "MODEL.S3_DIM", "256", "MODEL.S4_DIM", "512"]
     small += ["MODEL.HEADS.IN_FEAT", "512", "MODEL.NUM_CLASSES", "3"]
-    trained = load_cfg(None, [*small, "RESNET.STRIDE_1X1", "False"])
+    trained = load_cfg(None, [*small, "BN.EPS", "0.001"])
     torch.save({"model_state": build_classifier(trained).state_dict(), "cfg": trained.dump()}, path)
     weights = ["TEST.WEIGHTS", str(path), "TRAIN.WEIGHTS", str(path)]
     for build, load in ((build_descriptor, load_tested_weights), (build_classifier, load_initial_weights)):
-        same = load_cfg(None, [*small, *weights, "RESNET.STRIDE_1X1", "False"])
+        same = load_cfg(None, [*small, *weights, "BN.EPS", "0.001", "RESNET.STRIDE_1X1", "False"])  # no 1x1 in an R18
         load(same, build(same))
-        stride = load_cfg(None, [*small, *weights, "RESNET.STRIDE_1X1", "True"])
-        with pytest.raises(ValueError, match="trained with RESNET.STRIDE_1X1 False, here it is True"):
-            load(stride, build(stride))
+        other = load_cfg(None, [*small, *weights])
+        with pytest.raises(ValueError, match="trained with BN.EPS 0.001, here it is 1e-05"):
+            load(other, build(other))
         deeper = load_cfg(None, ["MODEL.NUM_CLASSES", "3", *weights])
         with pytest.raises(WeightsError, match="weights of another architecture: MODEL.DEPTH 18"):
             load(deeper, build(deeper))
 
 
-def test_extraction_takes_the_moving_average_where_a_file_holds_one(tmp_path):
+@pytest.mark.parametrize(
+    ("beside", "used", "why"),
+    [
+        ({"run": {"seed": 1}}, "ema_state", "the moving average of the weights is used"),
+        ({"run": {}, "test_err": 1.0, "ema_err": 2.0}, "ema_state", "the moving average of the weights is used"),
+        ({"test_err": 23.2, "ema_err": 99.9}, "model_state", "test_err 23.2 is not above ema_err 99.9"),
+        ({"test_err": 23.2, "ema_err": 22.9}, "ema_state", "ema_err 22.9 is below test_err 23.2"),
+        ({"test_err": 23.2, "ema_err": 23.2}, "model_state", "test_err 23.2 is not above ema_err 23.2"),
+        ({"ema_err": 22.9}, "ema_state", "ema_err 22.9 is below test_err 100"),
+        ({"test_err": 23.2, "ema_err": float("nan")}, "model_state", "test_err 23.2 is not above ema_err 100"),
+        ({"test_err": "23", "ema_err": None}, "model_state", "test_err 100 is not above ema_err 100"),
+        ({}, "model_state", "(test_err, ema_err)"),
+    ],
+)
+def test_which_of_two_sets_of_weights_counts(tmp_path, beside, used, why):
+    """pycls: `model_state if test_err <= ema_err else ema_state`, 100 for what is not told. Ours: the average."""
+    content = {name: {"fc.weight": torch.full((2, 2), value)} for name, value in STATES.items()} | beside
+    path = tmp_path / "two.pyth"
+    torch.save(content, path)
+    chosen, note = better_state(read_checkpoint(path), source=str(path))
+    assert chosen["model_state"]["fc.weight"].eq(STATES[used]).all()
+    assert note.startswith(f"{path}: the {'last' if used == 'model_state' else 'moving'}") and note.endswith(why)
+
+
+def test_extraction_takes_the_moving_average_of_a_checkpoint_of_ours(tmp_path):
     small = ["MODEL.DEPTH", "18", "RESNET.TRANS_FUN", "basic_transform", "MODEL.S3_DIM", "256", "MODEL.S4_DIM", "512"]
     path = tmp_path / "averaged.pyth"
     cfg = load_cfg(None, [*small, "MODEL.HEADS.IN_FEAT", "512", "MODEL.NUM_CLASSES", "3", "TEST.WEIGHTS", str(path)])
     last, average = build_classifier(cfg).state_dict(), build_classifier(cfg).state_dict()
-    torch.save({"model_state": last, "ema_state": average}, path)
     network = build_descriptor(cfg)
-    _, notes = load_tested_weights(cfg, network)
-    assert torch.equal(network.fc.weight, average["fc.weight"])
-    assert f"{path}: the moving average of the weights is used" in notes
+    for beside, used, words in (
+        ({"run": {"seed": 1}}, average, "the moving average of the weights is used"),
+        ({"test_err": 23.2, "ema_err": 99.9}, last, "the last weights are used, not their moving average"),
+    ):
+        torch.save({"model_state": last, "ema_state": average, **beside}, path)
+        _, notes = load_tested_weights(cfg, network)
+        assert torch.equal(network.fc.weight, used["fc.weight"])
+        assert any(note.startswith(f"{path}: {words}") for note in notes)

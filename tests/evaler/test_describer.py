@@ -85,6 +85,28 @@ def test_mistakes(tmp_path, photographs):
         describe(thin)
 
 
+@pytest.mark.parametrize(("key", "value", "length"), [("fc.weight", 0.0, "0"), ("fc.bias", 1e25, "0")])
+def test_a_descriptor_that_is_zero_or_not_finite_never_leaves(tmp_path, photographs, key, value, length):
+    state = dict(torch.load(write_weights(tmp_path / "w.pyth", SMALL_MODEL), weights_only=True))
+    state["fc.bias"] = torch.zeros_like(state["fc.bias"])
+    state[key] = torch.full_like(state[key], value)
+    torch.save(state, tmp_path / "w.pyth")
+    describe = load(tmp_path / "w.pyth", scales=[1.0])
+    with pytest.raises(ValueError, match=rf"{photographs[0]}: its descriptor has length {length}, not 1"):
+        describe(photographs)
+    with pytest.raises(ValueError, match=f"an image: its descriptor has length {length}"):
+        describe(decode(photographs[0]))
+
+
+def test_the_pycls_average_is_told_by_its_errors(tmp_path):
+    """From Python too: the architecture and the weights are those of the better set."""
+    path = write_weights(tmp_path / "w.pyth", SMALL_MODEL, test_err=20.0, ema_err=99.0)
+    content = torch.load(path, weights_only=True)
+    broken = {key: torch.full_like(value, 0) for key, value in content["model_state"].items()}
+    torch.save(content | {"ema_state": broken}, path)
+    load(path, scales=[1.0])(np.full((40, 40, 3), 99, np.uint8))
+
+
 def test_from_torch_hub(tmp_path, photographs):
     write_weights(tmp_path / "w.pyth", SMALL_MODEL)
     source = f"""
