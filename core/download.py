@@ -1,13 +1,21 @@
-"""Weights given by address: download over http(s), continue what was broken off, keep what is complete."""
+"""Weights given by address: download over http(s), continue what was broken off, keep what is complete.
+
+A server is not trusted: whatever it sends, and however slowly, ends in time, in bounded memory and in one line.
+"""
 
 import contextlib
 import fcntl
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
+import shutil
+import socket
 import string
+import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20,8 +28,12 @@ from tqdm import tqdm
 from core.arguments import Parser
 from core.environment import atomic_write, entry_point, sha256_file
 
-TIMEOUT = 60  # seconds without a byte after which a server counts as lost
+TIMEOUT = 60  # seconds in which a server that sends fewer than SLOWEST bytes counts as lost
+SLOWEST = 1 << 16
 BLOCK = 1 << 20
+MOST_HEADERS = 1 << 20  # bytes before the body
+MOST_UNTOLD = 1 << 32  # bytes of a file whose size the server does not tell
+MOST_REDIRECTS = 10
 
 
 class DownloadError(ValueError):
@@ -57,10 +69,11 @@ def download(url: str, path: str | os.PathLike, *, sha256: str | None = None) ->
     """Download `url` to `path`. A complete `path` is kept; what an earlier try left in `<path>.part` is continued.
 
     Several processes may ask for the same file at once: one downloads, the others wait for it. The size is held
-    against what the server announces and, when `sha256` is given, the content against that.
+    against what the server announces and, when `sha256` is given, the content against that; that no checksum is known
+    is told on stderr.
     Raises `DownloadError` in one line that names the address.
     """
-    path = Path(path)
+    path, sha256 = Path(path), sha256 and sha256.lower()
     _split(url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +81,9 @@ def download(url: str, path: str | os.PathLike, *, sha256: str | None = None) ->
             with _exclusive(path) as part:
                 if part is not None and not path.exists():
                     _complete(url, part, path, sha256)
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
+    except DownloadError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: of urllib, for a malformed redirect
         raise DownloadError(f"{url}: {_one_line(error)}") from error
     if sha256 is not None and sha256_file(path) != sha256:
         raise DownloadError(f"{url}: {path} has another sha256 than {sha256}; delete it to download it again")
@@ -129,11 +144,10 @@ def _complete(url: str, part: BinaryIO, path: Path, sha256: str | None) -> None:
         with response:
             part.truncate(have)
             origin = _origin(response)
-            if origin.size is None and sha256 is None and not response.chunked:
-                raise DownloadError(f"{url}: the server does not tell the size, so the file could not be checked")
+            _check_size(url, path, origin, have, known=sha256 is not None or response.chunked)
             with atomic_write(_memo(path)) as file:
                 file.write(json.dumps(origin._asdict()).encode())
-            _copy(response, part, have, origin.size, path.name)
+            _copy(url, response, part, have, origin.size, path.name)
     part.flush()
     os.fsync(part.fileno())
     have = os.fstat(part.fileno()).st_size
@@ -144,15 +158,29 @@ def _complete(url: str, part: BinaryIO, path: Path, sha256: str | None) -> None:
         raise DownloadError(f"{url}: the sha256 is {found}, not {sha256}; nothing is kept")
     os.replace(_part(path), path)
     _memo(path).unlink(missing_ok=True)
+    if sha256 is None:
+        print(f"note: {path}: no checksum is known for it, only its size was checked", file=sys.stderr)
+
+
+def _check_size(url: str, path: Path, origin: _Origin, have: int, *, known: bool) -> None:
+    """`known`: the end can be told without the size."""
+    if origin.size is None:
+        if not known:
+            raise DownloadError(f"{url}: the server does not tell the size, so the file could not be checked")
+        return
+    free = shutil.disk_usage(path.parent).free
+    if origin.size - have > free:
+        raise DownloadError(f"{url}: it has {origin.size:,} bytes, and {path.parent} has {free:,} bytes left")
 
 
 def _read_memo(memo: Path) -> _Origin | None:
-    """None where there is nothing that a later answer of the server could be held against."""
+    """None where there is nothing that tells one version of the file from another: equal sizes do not."""
     try:
         origin = _Origin(**json.loads(memo.read_bytes()))
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
-    return origin if any(origin) else None
+    whole = isinstance(origin.validator, str) and (origin.size is None or type(origin.size) is int)
+    return origin if whole else None
 
 
 def _request(url: str, have: int, origin: _Origin | None) -> tuple[http.client.HTTPResponse, int]:
@@ -161,30 +189,31 @@ def _request(url: str, have: int, origin: _Origin | None) -> tuple[http.client.H
     request = urllib.request.Request(urllib.parse.quote(url, safe=string.punctuation))
     if have:
         request.add_header("Range", f"bytes={have}-")
-        if origin.validator is not None:
-            request.add_header("If-Range", origin.validator)
+        request.add_header("If-Range", origin.validator)
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = _opener().open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if not (have and error.code == 416):  # the range does not exist: the file has become shorter
             raise
         error.close()
         return _request(url, 0, None)
-    if not have or response.status != 206:
-        return response, 0  # 200: the server does not continue, or the file has changed
-    if _range(response)[0] == have and _continues(origin, _origin(response)):
+    if response.status == 200:
+        return response, 0  # where a range was asked for: the server does not continue, or the file has changed
+    if have and response.status == 206 and _range(response)[0] == have and _continues(origin, _origin(response)):
         return response, have
     response.close()
+    if not have:
+        raise DownloadError(f"{url}: the server answers {response.status}, which is not the file")
     return _request(url, 0, None)
 
 
 def _continues(old: _Origin, new: _Origin) -> bool:
-    return old.size in (None, new.size) and (None in (old.validator, new.validator) or old.validator == new.validator)
+    return old.size in (None, new.size) and old.validator == new.validator
 
 
 def _range(response: http.client.HTTPResponse) -> tuple[int | None, int | None]:
     """First byte and complete size, by Content-Range."""
-    match = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    match = re.match(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})$", response.headers.get("Content-Range", ""))
     return (int(match[1]), int(match[2])) if match else (None, None)
 
 
@@ -195,22 +224,123 @@ def _origin(response: http.client.HTTPResponse) -> _Origin:
     if response.status == 206:
         return _Origin(validator, _range(response)[1])
     length = response.headers.get("Content-Length", "")
-    return _Origin(validator, int(length) if length.isdigit() else None)
+    return _Origin(validator, int(length) if re.fullmatch("[0-9]{1,18}", length) else None)
 
 
-def _copy(response: http.client.HTTPResponse, part: BinaryIO, start: int, size: int | None, name: str) -> None:
+def _copy(
+    url: str, response: http.client.HTTPResponse, part: BinaryIO, start: int, size: int | None, name: str
+) -> None:
     with tqdm(desc=name, initial=start, total=size, unit="B", unit_scale=True, unit_divisor=1024) as progress:
-        while block := response.read(BLOCK):
+        while block := response.read1(BLOCK):
             part.write(block)
             progress.update(len(block))
+            if size is None and progress.n > MOST_UNTOLD:
+                part.truncate(0)
+                raise DownloadError(f"{url}: of a size that is not told, and more than {MOST_UNTOLD:,} bytes")
+
+
+# -------------------------------------------------------------------------------------- connections that end in time
+
+
+class _Paced(io.RawIOBase):
+    """What a server sends. Raises `TimeoutError` where it is too slow, whether it is silent or drips.
+
+    The timeout of a socket begins anew with every byte.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket, self._raw = connection, connection.makefile("rb", buffering=0)
+        self._deadline, self._got = time.monotonic() + TIMEOUT, 0
+        self.left: int | None = MOST_HEADERS  # bytes until the body begins
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        wait = self._deadline - time.monotonic()
+        if wait <= 0:
+            raise TimeoutError(f"the server is too slow, fewer than {SLOWEST} bytes in {TIMEOUT} seconds")
+        self._socket.settimeout(wait)
+        got = self._raw.readinto(buffer)
+        self._got += got
+        if self.left is not None:
+            self.left -= got
+            if self.left < 0:
+                raise http.client.HTTPException(f"more than {MOST_HEADERS} bytes of headers")
+        elif self._got >= SLOWEST:
+            self._deadline, self._got = time.monotonic() + TIMEOUT, 0
+        return got
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, connection: socket.socket, *args: object, **kwargs: object) -> None:
+        super().__init__(connection, *args, **kwargs)
+        self.fp.close()
+        self._paced = _Paced(connection)
+        self.fp = io.BufferedReader(self._paced)
+
+    def begin(self) -> None:
+        super().begin()
+        self._paced.left = None
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _Handler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, request)
+
+
+class _SecureHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_SecureConnection, request)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """To http(s) only, and never from https to http, where anybody on the way could change the file."""
+
+    max_redirections = MOST_REDIRECTS
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        response.close()  # urllib would read its body into memory, whatever its size
+        before, after = (urllib.parse.urlsplit(address).scheme for address in (request.full_url, url))
+        if after not in ("http", "https") or (before, after) == ("https", "http"):
+            raise DownloadError(f"{request.full_url}: the server sends on to {url}, from {before} to {after}: refused")
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """As `urllib.request.urlopen`, proxies of the environment included; but neither ftp nor files."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        _Handler(),
+        _SecureHandler(),
+        _Redirects(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.UnknownHandler(),
+    ):
+        opener.add_handler(handler)
+    return opener
 
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
-        return f"the server answers {error.code} {error.reason}"
+        return " ".join(f"the server answers {error.code} {error.reason}".split())[:300]
     if isinstance(error, urllib.error.URLError):
         error = error.reason
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @entry_point

@@ -32,7 +32,8 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text, _PlainLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        raise YamlError(" ".join(str(error.problem).split())[:200], mark.line + 1 if mark else None) from None
+        problem = " ".join(f"{error.context or ''} {error.problem}".split())[:200]
+        raise YamlError(problem, mark.line + 1 if mark else None) from None
     except yaml.YAMLError as error:
         raise YamlError(" ".join(str(error).split())[:200]) from None
 

@@ -9,7 +9,7 @@ from core.config_checks import BASIC_DEPTHS
 from core.safe_yaml import YamlError, read_yaml
 
 FITTING = "pretrained/README.md names ImageNet weights that fit"
-OTHER_FAMILIES = {"regnet": "RegNet", "effnet": "EfficientNet", "vit": "vision transformer"}
+OTHER_FAMILIES = {"regnet": "a RegNet", "effnet": "an EfficientNet", "vit": "a vision transformer"}
 # pycls builds its published ResNets as `anynet`: what their shapes do not show must be as in a ResNet.
 ANYNET = {
     "STEM_TYPE": ("res_stem_in",),
@@ -41,13 +41,14 @@ def network_settings(saved: Mapping, *, source: str) -> dict[str, bool | float]:
     kind, stride = _at(saved, "MODEL.TYPE"), _at(saved, "RESNET.STRIDE_1X1")
     if isinstance(kind, str) and kind in OTHER_FAMILIES:
         family = OTHER_FAMILIES[kind]
-        raise ValueError(f"{source}: weights of a {family} (MODEL.TYPE {kind}), not of a ResNet; {FITTING}")
+        raise ValueError(f"{source}: weights of {family} (MODEL.TYPE {kind}), not of a ResNet; {FITTING}")
     activation = _at(saved, "MODEL.ACTIVATION_FUN")
     if isinstance(activation, str) and activation.lower() != "relu":
         raise ValueError(f"{source}: trained with MODEL.ACTIVATION_FUN {activation}, here it is relu; {FITTING}")
     if kind == "anynet":
         _check_anynet(_at(saved, "ANYNET"), source)
-        used["RESNET.STRIDE_1X1"] = False  # its stride is in the 3x3 convolution
+        if _at(saved, "ANYNET.BLOCK_TYPE") != "res_basic_block":
+            used["RESNET.STRIDE_1X1"] = False  # its stride is in the 3x3 convolution
     elif kind in (None, "resnet") and isinstance(stride, bool) and not _is_basic(saved):
         used["RESNET.STRIDE_1X1"] = stride
     if (eps := _number(_at(saved, "BN.EPS"))) is not None:

@@ -1,6 +1,7 @@
 import ast
 import io
 import re
+import time
 import tokenize
 from pathlib import Path
 
@@ -473,3 +474,109 @@ def test_a_key_given_twice_in_yaml_is_refused_with_its_line(tmp_path, text):
     key = text.partition(":")[0]
     with pytest.raises(ConfigError, match=re.escape(f"{path} line 4: not valid YAML: {key} is there twice")):
         load_cfg(path)
+
+
+# ------------------------------------------------------------------------------------------------ YAML that means harm
+
+
+def laughs(levels: int) -> str:
+    return "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, levels)
+    )
+
+
+def merges(levels: int) -> str:
+    return "m0: &m0 {b: c}\n" + "".join(
+        f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}, *m{i - 1}]}}\n" for i in range(1, levels)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (laughs(9), "more than 20,000 values"),
+        (merges(30), "more than 20,000 values"),
+        ("OUT_DIR: &a [*a]", "stands inside what it refers to"),
+        ("[" * 40_000, "nested more than 20 deep"),
+        ("{a: " * 5_000, "nested more than 20 deep"),
+        ("- " * 5_000, "nested more than 20 deep"),
+        ("x" * 300_000, "characters, more than"),
+        ("OUT_DIR: 2020-13-45", "a value of kind 'timestamp' is no setting; write it in quotes"),
+        ("OUT_DIR: 2020-12-05", "a value of kind 'timestamp' is no setting; write it in quotes"),
+        ("!!map abc", "expected a mapping node"),
+        ("OUT_DIR: !!int abc", "'abc' is not of kind int"),
+        ("OUT_DIR: !!int ''", "'' is not of kind int"),
+        ("OUT_DIR: !!float ''", "'' is not of kind float"),
+        ("OUT_DIR: !!bool abc", "'abc' is not of kind bool"),
+        ("OUT_DIR: !!int [1]", "expected a scalar node"),
+        ("OUT_DIR: !!binary aGVsbG8=", "kind 'binary'"),
+        ("OUT_DIR: !!set {a}", "kind 'set'"),
+        ("OUT_DIR: !!omap [a: 1]", "kind 'omap'"),
+        ("OUT_DIR: !mine a", "kind '!mine'"),
+        ("OUT_DIR: !!python/name:os.system x", "kind 'os.system'"),
+        ("NUM_GPUS: " + "9" * 5_000, "is not of kind int"),
+        ("NUM_GPUS: " + "9" * 4_000, "a whole number of more than 64 bits"),
+        ("NUM_GPUS: 0x" + "f" * 9_000, "a whole number of more than 64 bits"),
+        ("{[1]: 2}", "found unhashable key"),
+        ("? {a: b}\n: c", "found unhashable key"),
+        ("OUT_DIR: a\0b", "unacceptable character"),
+        ("--- a\n--- b", "expected a single document"),
+        ("OUT_DIR: 'abc", "found unexpected end of stream"),
+        ("%YAML 9.9\n--- a", "incompatible YAML document"),
+        ("OUT_DIR: *nowhere", "found undefined alias"),
+    ],
+)
+def test_any_fault_of_yaml_is_one_line_in_time(load, text, problem):
+    begun = time.process_time()
+    with pytest.raises(ConfigError, match=rf"some\.yaml( line \d+)?: not valid YAML: .*{re.escape(problem)}") as raised:
+        load(text)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 500
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("text", ["NUM_GPUS: [[[1]]]", "NUM_GPUS: {a: {b: c}}", f"OUT_DIR: {[list(range(99))] * 9}"])
+def test_values_of_other_types_are_shown_in_short(load, text):
+    with pytest.raises(ConfigError, match=r"some\.yaml: (NUM_GPUS takes|OUT_DIR takes)") as raised:
+        load(text)
+    assert len(str(raised.value)) < 300
+
+
+def test_aliases_and_merges_of_a_usual_size_are_read(load):
+    cfg, _ = load("TRAIN: &split {IM_SIZE: 64}\nTEST: {<<: *split, IM_SIZE: 70}\nHOST: &a toy\nOUT_DIR: *a")
+    assert (cfg.TRAIN.IM_SIZE, cfg.TEST.IM_SIZE, cfg.OUT_DIR) == (64, 70, "toy")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("9" * 5_000, "takes a whole number, not '9999"),
+        ("9" * 4_000, "takes a whole number, not a number of more than 64 bits"),
+        ("0x" + "f" * 9_000, "takes a whole number, not a number of more than 64 bits"),
+        ("[" * 9_000, "takes a whole number, not '[[[["),
+        ("-" * 100_000 + "1", "takes a whole number, not '----"),
+        ("{[]: 1}", "takes a whole number, not '{[]: 1}'"),
+        ("1\0", "takes a whole number, not '1"),
+    ],
+)
+def test_overrides_of_any_text_are_values_or_one_line(load, value, shown):
+    with pytest.raises(ConfigError, match=re.escape(f"the command line: NUM_GPUS {shown}")) as raised:
+        load("", "NUM_GPUS", value)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 300
+
+
+def test_a_number_too_large_for_a_float_is_refused(load):
+    with pytest.raises(ConfigError, match=r"OPTIM\.BASE_LR takes a number, not a number of more than 64 bits"):
+        load("", "OPTIM.BASE_LR", "9" * 400)
+
+
+def test_yaml_is_read_in_one_place_only():
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("[cdemrs]*/*.py")}
+    assert [path for path, text in sources.items() if re.search(r"^\s*(import|from) yaml\b", text, re.M)] == [
+        "core/safe_yaml.py"
+    ]
+
+
+def test_the_settings_files_that_ended_in_tracebacks(shared):
+    for name in ("bad_date.yaml", "deep_nesting.yaml", "map_tag_on_scalar.yaml"):
+        with pytest.raises(ConfigError, match=f"{name} line 1: not valid YAML"):
+            load_cfg(shared / "cases" / name)

@@ -1,16 +1,22 @@
 """Downloads against a real local server that breaks off, changes its files, or does not know ranges."""
 
+import contextlib
 import hashlib
+import io
 import re
+import resource
+import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from core.download import DownloadError, cache_path, download, fetch, local_path, main
+from core.download import DownloadError, _Redirects, cache_path, download, fetch, local_path, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,8 +61,8 @@ def test_a_file_arrives_whole_and_is_not_fetched_twice(file_server, tmp_path):
 
 @pytest.mark.parametrize(
     "validators",
-    [{"ETag"}, {"Last-Modified"}, {"weak", "Last-Modified"}, set()],
-    ids=["ETag", "Last-Modified", "weak ETag", "none"],
+    [{"ETag"}, {"Last-Modified"}, {"weak", "Last-Modified"}],
+    ids=["ETag", "Last-Modified", "weak ETag"],
 )
 def test_a_broken_download_goes_on_where_it_stopped(file_server, broken_off, validators):
     file_server.validators = validators
@@ -80,13 +86,26 @@ def test_a_file_that_changed_meanwhile_is_not_mixed(file_server, broken_off, val
     assert target.read_bytes() == content(2, size)
 
 
-@pytest.mark.parametrize("size", [50_000, 500_000])
-def test_without_etag_and_date_another_size_starts_again(file_server, broken_off, size):
-    file_server.validators = set()
+@pytest.mark.parametrize("validators", [set(), {"weak"}])
+@pytest.mark.parametrize("size", [50_000, 300_000, 500_000])
+def test_what_nothing_tells_from_another_version_is_fetched_anew(file_server, broken_off, size, validators):
+    """Another version may have the same size."""
+    file_server.validators = validators
     target = broken_off()
     file_server.files["/a.pyth"] = content(2, size)
     download(f"{file_server.url}/a.pyth", target)
     assert target.read_bytes() == content(2, size)
+    assert file_server.asked == [("/a.pyth", None)]
+
+
+@pytest.mark.parametrize(
+    "memo", [b"", b"[" * 100_000, b'{"validator": 3, "size": 300000}', b'{"validator": "a\\nb", "size": []}', b"[1, 2]"]
+)
+def test_a_damaged_memo_is_as_none(file_server, broken_off, memo):
+    target = broken_off()
+    target.with_name("a.pyth.part.json").write_bytes(memo)
+    download(f"{file_server.url}/a.pyth", target)
+    assert target.read_bytes() == content(1)
 
 
 def test_a_server_that_ignores_if_range_is_found_out_by_its_etag(file_server, broken_off, monkeypatch):
@@ -291,3 +310,133 @@ def test_the_command_reports_a_failure_in_one_line(file_server, tmp_path, capsys
         main([f"{file_server.url}/none.pyth", str(tmp_path / "none.pyth")])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"error: {file_server.url}/none.pyth: the server answers 404 Not Found\n"
+
+
+def test_a_file_without_a_known_checksum_is_told_of(file_server, tmp_path, capsys):
+    file_server.files["/a.pyth"] = content(1)
+    download(f"{file_server.url}/a.pyth", tmp_path / "a.pyth")
+    assert f"note: {tmp_path / 'a.pyth'}: no checksum is known for it" in capsys.readouterr().err
+    download(f"{file_server.url}/a.pyth", tmp_path / "b.pyth", sha256=hashlib.sha256(content(1)).hexdigest().upper())
+    assert "note" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- servers that mean harm or fail
+
+
+@pytest.fixture
+def hostile():
+    """Start a server that answers every connection by a function of the socket and the path; returns its address."""
+    servers = []
+
+    def start(answer) -> str:
+        listening = socket.create_server(("127.0.0.1", 0))
+        servers.append(listening)
+
+        def serve(connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):
+                request = connection.recv(65536).decode()
+                answer(connection, request.split()[1])
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=serve, args=(listening.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        return f"http://127.0.0.1:{listening.getsockname()[1]}/a.pyth"
+
+    yield start
+    for listening in servers:
+        listening.close()
+
+
+def repeat(connection: socket.socket, data: bytes, pause: float = 0.0) -> None:
+    while True:
+        connection.sendall(data)
+        time.sleep(pause)
+
+
+def head(*lines: str, status: str = "200 OK") -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", *lines, "", ""]).encode()
+
+
+def whole(*lines: str, **status: str):
+    """Answers with these headers, and a body without end."""
+
+    def answer(connection: socket.socket, path: str) -> None:
+        connection.sendall(head(*lines, **status))
+        repeat(connection, b"x" * 65536)
+
+    return answer
+
+
+HOSTILE = {
+    "header line without end": (lambda c, _: repeat(c, b"x" * 65536), "got more than 65536 bytes"),
+    "headers without end": (
+        lambda c, _: (c.sendall(b"HTTP/1.1 200 OK\r\n"), repeat(c, b"a: b\r\n" * 999)),
+        "100 headers",
+    ),
+    "100 Continue without end": (lambda c, _: repeat(c, head(status="100 Continue") * 99), "bytes of headers|too slow"),
+    "dripping headers": (
+        lambda c, _: (c.sendall(b"HTTP/1.1 200 OK\r\na: "), repeat(c, b"x", 0.05)),
+        "timed out|too slow",
+    ),
+    "silence": (lambda c, _: time.sleep(30), "timed out|too slow"),
+    "dripping body": (
+        lambda c, _: (c.sendall(head("Content-Length: 999")), repeat(c, b"x", 0.05)),
+        "timed out|too slow",
+    ),
+    "dripping chunk size": (
+        lambda c, _: (c.sendall(head("Transfer-Encoding: chunked")), repeat(c, b"0", 0.05)),
+        "timed out|too slow",
+    ),
+    "size of thousands of digits": (whole(f"Content-Length: {'9' * 6000}"), "does not tell the size"),
+    "size larger than the disk": (whole("Content-Length: 999999999999999999"), "bytes left"),
+    "size that is no number": (whole("Content-Length: \u00b2"), "does not tell the size"),
+    "no size": (whole(), "does not tell the size"),
+    "chunks without end": (
+        lambda c, _: (c.sendall(head("Transfer-Encoding: chunked")), repeat(c, b"10000\r\n" + b"x" * 65536 + b"\r\n")),
+        "of a size that is not told",
+    ),
+    "a chunk of no size": (lambda c, _: c.sendall(head("Transfer-Encoding: chunked") + b"zz\r\n"), "IncompleteRead"),
+    "a part nobody asked for": (whole("Content-Range: bytes 5-9/10", status="206 Partial"), "answers 206"),
+    "no content": (whole(status="204 No Content"), "answers 204"),
+    "a redirect to itself": (whole("Location: /a.pyth", status="302 Found"), "answers 302 .*infinite loop"),
+    "redirects without end": (
+        lambda c, path: c.sendall(head(f"Location: {path}x", "Content-Length: 0", status="302 Found")),
+        "answers 302 .*infinite loop",
+    ),
+    "a redirect to a file": (whole("Location: file:///etc/passwd", status="302 Found"), "answers 302"),
+    "a redirect to ftp": (whole("Location: ftp://127.0.0.1/a", status="302 Found"), "from http to ftp: refused"),
+    "a malformed redirect": (whole("Location: http://[::1", status="302 Found"), "Invalid IPv6 URL"),
+    "no HTTP": (lambda c, _: c.sendall(b"\x16\x03\x01"), "127.0.0.1"),
+    "nothing": (lambda c, _: None, "Remote end closed connection"),
+    "an end too early": (lambda c, _: c.sendall(head("Content-Length: 9") + b"abc"), "ended after 3 of 9 bytes"),
+    "a status with a control sequence": (whole(status="404 \x1b[2J"), "the server answers 404"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_server_ends_in_one_line_in_time_and_in_bounded_memory(hostile, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("core.download.TIMEOUT", 0.5)
+    monkeypatch.setattr("core.download.MOST_UNTOLD", 1 << 22)
+    answer, words = HOSTILE[name]
+    url, begun = hostile(answer), time.monotonic()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DownloadError, match=words) as raised:
+        download(url, tmp_path / "a.pyth")
+    assert str(raised.value).startswith("http://127.0.0.1:") and "\n" not in str(raised.value)
+    assert not (tmp_path / "a.pyth").exists()
+    assert time.monotonic() - begun < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000  # KB
+
+
+def test_a_redirect_from_https_to_http_is_refused_and_others_are_followed(file_server, hostile, tmp_path):
+    file_server.files["/b.pyth"] = content(1)
+    away = head(f"Location: {file_server.url}/b.pyth", "Content-Length: 0", status="302 Found")
+    url = hostile(lambda connection, _: connection.sendall(away))
+    download(url, tmp_path / "a.pyth")
+    assert (tmp_path / "a.pyth").read_bytes() == content(1)
+    request = urllib.request.Request("https://host/a.pyth")
+    with pytest.raises(DownloadError, match="from https to http: refused"):
+        _Redirects().redirect_request(request, io.BytesIO(), 302, "", {}, f"{file_server.url}/b.pyth")

@@ -67,7 +67,8 @@ def test_a_resnet_has_it_where_resnet_says(stride):
 
 def test_basic_blocks_have_no_such_stride():
     saved = changed(MODEL__TYPE="resnet", MODEL__DEPTH=18)
-    assert network_settings(yaml.safe_load(saved), source="w") == {"BN.EPS": 1e-05}
+    for kind in (saved, changed(ANYNET__BLOCK_TYPE="res_basic_block")):
+        assert network_settings(yaml.safe_load(kind), source="w") == {"BN.EPS": 1e-05}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_basic_blocks_have_no_such_stride():
         ({"ANYNET__SE_ON": True}, "trained with ANYNET.SE_ON True"),
         ({"MODEL__ACTIVATION_FUN": "silu"}, "trained with MODEL.ACTIVATION_FUN silu, here it is relu"),
         ({"MODEL__TYPE": "regnet"}, r"weights of a RegNet \(MODEL.TYPE regnet\), not of a ResNet"),
-        ({"MODEL__TYPE": "effnet"}, "weights of a EfficientNet"),
+        ({"MODEL__TYPE": "effnet"}, "weights of an EfficientNet"),
         ({"MODEL__TYPE": "vit"}, "weights of a vision transformer"),
         ({"BN__EPS": 1e-3}, "trained with BN.EPS 0.001, here it is 1e-05"),
         ({"BN__EPS": "1e-3"}, "trained with BN.EPS 0.001, here it is 1e-05"),
