@@ -168,7 +168,7 @@ _C.MEM.RELU_INPLACE = True  # overwrite the input of ReLU, which saves memory
 # ---------------------------------------------------------------------------------------------------------- output
 _C.OUT_DIR = "./output"  # checkpoints, logs, features and scores of this run (the release's default was /tmp)
 _C.CFG_DEST = "config.yaml"  # the configuration in effect, written to OUT_DIR
-_C.LOG_DEST = "stdout"  # stdout | file (OUT_DIR/stdout.log)
+_C.LOG_DEST = "both"  # stdout shows of OUT_DIR/stdout.log: both, short lines | stdout, every line | file, nothing
 _C.LOG_PERIOD = 10  # iterations between log lines
 _C.TENSORBOARD = False  # also write OUT_DIR/tensorboard (needs the package tensorboard)
 _C.RNG_SEED = 1  # of initial weights, sample order and augmentation

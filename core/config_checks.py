@@ -23,7 +23,7 @@ CHOICES = {
     "DATA_LOADER.MODE": ("exact", "fast"),
     "INFER.PRECISION": ("fp32", "bf16", "fp16"),
     "INFER.DTYPE": ("float32", "float16"),
-    "LOG_DEST": ("stdout", "file"),
+    "LOG_DEST": ("both", "stdout", "file"),
     "DIST_BACKEND": ("nccl", "gloo"),
 }
 EXPORTS = ("mat", "npz")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from core.door import missing_package
-from core.terminal import BROKEN_PIPE_EXIT_CODE, STDOUT, one_line, safe_streams, silence_stdout
+from core.terminal import BROKEN_PIPE_EXIT_CODE, STDOUT, one_line, safe_streams, unwritten
 
 ROOT = Path(__file__).resolve().parents[1]
 USER_ERROR_EXIT_CODE = 2
@@ -61,7 +61,7 @@ def entry_point(main: Callable) -> Callable:
     """Decorate a command's `main`: a user's mistake becomes one line on stderr and exit code 2.
 
     So does a file that the system refuses to read or write. A loss that is not finite and a killed loader worker give
-    one line and code 1. A reader of stdout that is gone (`| head -1`) ends the command quietly with 141.
+    one line and code 1. A stdout that takes no more stops no work; then a reader that is gone (`| head -1`) gives 141.
     Ctrl-C gives 130 and SIGTERM 143, both after cleaning up. Nothing printed holds a control sequence.
     """
 
@@ -85,23 +85,22 @@ def _run(main: Callable) -> object:
     """`main()`, whatever it raises turned into the end of this process where no traceback is needed."""
     try:
         result = main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return result
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename == STDOUT:
-            silence_stdout()
-            if isinstance(error, BrokenPipeError):
-                sys.exit(BROKEN_PIPE_EXIT_CODE)
         expected = ending(error)
         if expected is None:
             raise
         code, line = expected
         print(f"error: {one_line(line)}", file=sys.stderr)
         sys.exit(code)
+    if (stdout := unwritten()) is not None:
+        if isinstance(stdout.failure, BrokenPipeError):
+            sys.exit(BROKEN_PIPE_EXIT_CODE)
+        print(f"error: {STDOUT}: {stdout.reason}", file=sys.stderr)
+        sys.exit(USER_ERROR_EXIT_CODE)
+    return result
 
 
 def exit_on_signals(*numbers: int) -> None:

@@ -14,8 +14,8 @@ from core.environment import atomic_write, is_user_error
 LOG_NAME = "stdout.log"
 
 
-def log_file(cfg: CfgNode) -> Path | None:
-    return Path(cfg.OUT_DIR) / LOG_NAME if cfg.LOG_DEST == "file" else None
+def log_file(cfg: CfgNode) -> Path:
+    return Path(cfg.OUT_DIR) / LOG_NAME
 
 
 def tensorboard_folder(cfg: CfgNode) -> Path | None:

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         type=Path,
         metavar="OUT_DIR",
-        help="OUT_DIR of a run with LOG_DEST file, or a file with the output of a run",
+        help="OUT_DIR of a run, or a file with the output of one that had LOG_DEST stdout",
     )
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: curves.png in the first OUT_DIR")
     options = parser.parse_args(argv)

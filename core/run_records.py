@@ -43,7 +43,7 @@ def read_run(path: str | os.PathLike) -> RunCurves:
         text = file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         raise ValueError(
-            f"{file}: no such log; give an OUT_DIR trained with LOG_DEST file, or the file with a run's output"
+            f"{file}: no such log; give the OUT_DIR of a training run, or the file with its output"
         ) from None
     except OSError as error:
         raise ValueError(f"{file}: the log cannot be read ({error.strerror})") from error

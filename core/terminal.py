@@ -5,10 +5,12 @@ streams are wrapped once for a whole command, so that no single `print` has to t
 """
 
 import contextlib
+import errno
+import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 # C0 without tab, newline and carriage return; DEL and C1; marks that reverse the direction of what follows.
@@ -30,13 +32,18 @@ def one_line(text: str) -> str:
 
 
 class _Printable:
-    """A text stream that writes what `printable` makes of a text; an `OSError` of it has the stream's name."""
+    """A text stream that writes what `printable` makes of a text. What it cannot write is left out: `failure` is why.
 
-    def __init__(self, stream: TextIO, name: str) -> None:
-        self._stream, self._name = stream, name
+    `tell` is told of the first failure, in one line.
+    """
+
+    def __init__(self, stream: TextIO | None, name: str) -> None:
+        self._stream, self._name = stream or _Closed(), name
+        self.failure: Exception | None = None
+        self.tell: Callable[[str], None] | None = None
 
     def write(self, text: str) -> int:
-        with self._named():
+        with self._going_on():
             self._stream.write(text if _TQDM_MOVES.fullmatch(text) else printable(text))
         return len(text)
 
@@ -45,60 +52,98 @@ class _Printable:
             self.write(line)
 
     def flush(self) -> None:
-        with self._named():
+        with self._going_on():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def _going_on(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            error.filename = self._name
-            raise
+        # a full disk, a reader that is gone; a closed stream; a signal's handler that prints while a print is under way
+        except (OSError, ValueError, RuntimeError) as error:
+            if self.failure is None:
+                self.failure = error
+                if self.tell is not None:
+                    self.tell(f"{self._name} cannot be written ({self.reason}); what it does not take is left out")
+
+    def leave(self) -> None:
+        """Flush; point a descriptor that failed at nothing, or it would fail again when the interpreter ends."""
+        self.flush()
+        if self.failure is not None:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    @property
+    def reason(self) -> str:
+        return getattr(self.failure, "strerror", None) or str(self.failure)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-class _Notes(_Printable):
-    """Stderr: notes, bars and errors, none of which is worth the work that they tell of."""
+class _Closed(io.TextIOBase):
+    """Stands for a stream whose descriptor was closed before the start (`>&-`)."""
 
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        with contextlib.suppress(OSError):
-            yield
+    encoding, errors = "utf-8", "backslashreplace"
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 @contextlib.contextmanager
 def safe_streams() -> Iterator[None]:
-    """Within, nothing printed holds a control sequence, and a character that the encoding lacks is escaped."""
+    """Within, nothing printed holds a control sequence, and a character that the encoding lacks is escaped.
+
+    A write that fails raises nothing: a command does its work and writes its files; `unwritten` says at its end what
+    became of stdout.
+    """
+    _fill_closed_descriptors()
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
-        sys.stdout = _safe(before[0], stack, _Printable, STDOUT)
-        sys.stderr = _safe(before[1], stack, _Notes, "stderr")
+        sys.stdout = _safe(before[0], stack, STDOUT)
+        sys.stderr = _safe(before[1], stack, "stderr")
+        wrapped = sys.stdout, sys.stderr
         try:
             yield
         finally:
             sys.stdout, sys.stderr = before
+            for stream in set(wrapped) - set(before):
+                stream.leave()
 
 
-def _safe(stream: TextIO | None, stack: contextlib.ExitStack, kind: type[_Printable], name: str) -> Any:
-    if stream is None or isinstance(stream, _Printable):  # None: the descriptor was closed before the start
+def _fill_closed_descriptors() -> None:
+    """A file opened later must not get the number of a stream that was closed: a checkpoint would be stdout's."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the smallest free number: this one
+
+
+def _safe(stream: TextIO | None, stack: contextlib.ExitStack, name: str) -> _Printable:
+    if isinstance(stream, _Printable):
         return stream
     if hasattr(stream, "reconfigure") and stream.errors == "strict":
         stream.reconfigure(errors="backslashreplace")
         stack.callback(_restore, stream)
-    return kind(stream, name)
+    return _Printable(stream, name)
+
+
+def work_goes_on(tell: Callable[[str], None] = lambda text: print(f"note: {text}", file=sys.stderr)) -> None:
+    """For a command whose files are what counts: a stream that cannot be written is told of once and changes nothing,
+    not even the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, _Printable):
+            stream.tell = tell
+
+
+def unwritten() -> _Printable | None:
+    """The stdout of `safe_streams` if it could not be written and that has not been told."""
+    sys.stdout.flush()
+    failed = isinstance(sys.stdout, _Printable) and sys.stdout.failure is not None
+    return sys.stdout if failed and sys.stdout.tell is None else None
 
 
 def _restore(stream: TextIO) -> None:
     with contextlib.suppress(OSError, ValueError):  # what could not be written cannot be flushed
         stream.reconfigure(errors="strict")
-
-
-def silence_stdout() -> None:
-    """Point stdout at nothing, so that what it still holds does not fail again when the interpreter ends."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        descriptor = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(descriptor, sys.stdout.fileno())
-        os.close(descriptor)

@@ -25,7 +25,7 @@ from core.freeze import Frozen
 from core.interrupt import Interrupted, Stopped
 from core.launch import restarts
 from core.lock import folder_lock
-from core.logging import log, log_stats, setup_logging
+from core.logging import log, log_failure, log_stats, setup_logging
 from core.meters import Clock, memory_mb
 from core.optimizer import set_learning_rate
 from core.output import log_file, tensorboard_folder, write_config
@@ -58,10 +58,14 @@ def train(cfg: CfgNode, score: Scorer | None = None) -> None:
         if is_main():
             remove_unfinished(cfg.OUT_DIR)
             write_config(cfg)
-        setup_logging(log_file(cfg), quiet=not is_main(), tensorboard=tensorboard_folder(cfg))
+        setup_logging(log_file(cfg), dest=cfg.LOG_DEST, quiet=not is_main(), tensorboard=tensorboard_folder(cfg))
         for line in (*run.report(), *notes):
             log(line)
-        run.train()
+        try:
+            run.train()
+        except Exception as error:
+            log_failure(error)
+            raise
 
 
 def find_start(cfg: CfgNode) -> tuple[Path | None, list[str]]:

@@ -17,6 +17,7 @@ from core.builders import build_descriptor, load_tested_weights
 from core.counter import Counter
 from core.environment import code_version, entry_point, sha256_file
 from core.output import check_writable
+from core.terminal import work_goes_on
 from evaler.exports import export
 from evaler.extraction_job import Job
 from evaler.gpu_jpeg import nvjpeg
@@ -30,6 +31,7 @@ GPU_BATCH_SIZE = 8  # where the configuration leaves it open
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Extract what the configuration names; everything is checked before anything is written."""
+    work_goes_on()
     cfg = load_cfg_from_args("Extract descriptors of Revisited sets, distractors, or images of one's own.", argv)
     cut, total = which_shard(cfg)
     network, provenance = load_network(cfg)

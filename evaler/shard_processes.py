@@ -18,6 +18,7 @@ from core.config import load_cfg
 from core.counter import PROGRESS_PIPE, bar
 from core.environment import ROOT, entry_point
 from core.lock import folder_lock
+from core.terminal import work_goes_on
 
 USAGE = "usage: [SHARDS=N] sh scripts/run_extractor.sh CFG [KEY VALUE ...]"
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL
@@ -27,6 +28,7 @@ PER_SHARD_LINE = "this shard is done"  # what only one shard's log is to say
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """CFG [KEY VALUE ...]; exit code 1 if a shard failed, after the others have done their work."""
+    work_goes_on()
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(USAGE)

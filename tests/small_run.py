@@ -35,6 +35,7 @@ SMALL_TRAINING = {
     "DATA_LOADER.NUM_WORKERS": 0,
     "OPTIM.BASE_LR": 0.05,
     "LOG_PERIOD": 1,
+    "LOG_DEST": "stdout",
 }
 
 

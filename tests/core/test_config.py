@@ -380,7 +380,7 @@ def test_an_odd_number_of_overrides(load, overrides):
         ("INFER.SCALES [1,-1]", ["INFER.SCALES"]),
         ("INFER.DATASETS a,a", ["INFER.DATASETS", "twice"]),
         ("PORT 70000", ["PORT"]),
-        ("LOG_DEST screen", ["LOG_DEST screen", "stdout, file"]),
+        ("LOG_DEST screen", ["LOG_DEST screen", "both, stdout, file"]),
         ("LOG_PERIOD 0", ["LOG_PERIOD"]),
         ("DIST_BACKEND mpi", ["DIST_BACKEND mpi"]),
         ("RNG_SEED -1", ["RNG_SEED"]),

@@ -127,7 +127,7 @@ def test_a_run_started_by_torchrun(torchrun):
     args, ended = torchrun
     assert ended.returncode == 0, ended.stderr
     cfg = load_cfg(None, args)
-    assert sorted(os.listdir(cfg.OUT_DIR)) == ["checkpoints", "config.yaml"]
+    assert sorted(os.listdir(cfg.OUT_DIR)) == ["checkpoints", "config.yaml", "stdout.log"]
     assert sorted(os.listdir(Path(cfg.OUT_DIR) / "checkpoints")) == ["model_best.pyth", "model_epoch_0001.pyth"]
     kinds = [(record["_type"], record.get("iter")) for record in read_stats(ended.stdout.splitlines())]
     iterations = [("train_iter", f"{i}/3") for i in (1, 2, 3)]

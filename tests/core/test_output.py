@@ -127,7 +127,6 @@ def test_a_file_in_place_of_its_parent_is_refused(cfg, tmp_path):
 
 def test_the_log_file(cfg):
     assert str(log_file(cfg)) == os.path.join(cfg.OUT_DIR, "stdout.log")
-    assert log_file(load_cfg(None)) is None
 
 
 def test_a_folder_that_can_be_made_is_not_made(tmp_path):

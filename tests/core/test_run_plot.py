@@ -146,7 +146,7 @@ def test_a_file_that_has_nothing_to_draw_is_named(tmp_path):
             read_run(path)
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "absent"):
-        with pytest.raises(ValueError, match=rf"{path}\S*: no such log; give an OUT_DIR trained with LOG_DEST file"):
+        with pytest.raises(ValueError, match=rf"{path}\S*: no such log; give the OUT_DIR of a training run"):
             read_run(path)
     with pytest.raises(ValueError, match=r"stdout\.log: no loss, error, rate or mAP"):
         plot_runs([run_of(tmp_path, line("train_epoch", 1, mem=3))], tmp_path / "x.png")

@@ -18,8 +18,10 @@ def trained(tmp_path_factory):
     }
     (folder / "empty.yaml").write_text("{}\n")
     command = (ROOT / "train.py", "--cfg", "empty.yaml")
-    done = python(*command, *overrides(settings, {"OUT_DIR": "a", "LOG_DEST": "file"}), cwd=folder)
+    settings = overrides(settings, {"OUT_DIR": "a", "LOG_DEST": "both"})  # the default
+    done = python(*command, *settings, cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert "json_stats" not in done.stdout and "epoch 2/2 validated: loss " in done.stdout
     (folder / "captured.txt").write_text((folder / "a" / "stdout.log").read_text())
     return folder
 
