@@ -20,6 +20,7 @@ from datasets.list_selection import (
 )
 from datasets.list_sources import Listing, SourceError, read_csv, read_tree
 from datasets.missing import missing_files
+from datasets.normalisation import note_on_path
 
 OUT = Path("datasets/data/landmark")
 DESCRIPTION = """\
@@ -207,6 +208,7 @@ def _without_missing(listing: Listing, root: Path, out: Path, allowed: int) -> t
         raise SourceError(
             f"{listing.where(indices[0])}: no such image: {root / listing.paths[indices[0]]} ({counted}, listed in "
             f"{out / MISSING}); {mend}, or leave out up to N with --allow-missing N"
+            f"{note_on_path(root / listing.paths[indices[0]])}"
         )
     return listing.keep(~missing), len(indices)
 

@@ -45,6 +45,7 @@ from datasets.image_header import ImageError, Size, format_of, read_bmp, read_we
 from datasets.image_jpeg import Frame, read_jpeg
 from datasets.image_png import cleaned, read_png
 from datasets.image_tiff import Tiff
+from datasets.normalisation import note_on_path
 
 try:
     import simplejpeg
@@ -217,6 +218,8 @@ def _lenient(jpeg: bytes, size: Size) -> np.ndarray | None:
 
 def read_file(path: str | os.PathLike) -> bytes:
     """The bytes of a file. Raises ImageError for what is missing, no regular file, too large, or unreadable."""
+    if "\0" in os.fspath(path):
+        raise ImageError(f"{os.fspath(path)!a}: a zero byte, which no file's name can hold")
     try:
         # Without O_NONBLOCK a named pipe would be waited for.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -227,7 +230,7 @@ def read_file(path: str | os.PathLike) -> bytes:
                 raise ImageError(f"{path}: {too_many_bytes(status.st_size)}")
             return file.read()
     except FileNotFoundError as error:
-        raise ImageError(f"{path}: no such file") from error
+        raise ImageError(f"{path}: no such file{note_on_path(path)}") from error
     except IsADirectoryError as error:
         raise ImageError(f"{path}: a folder, not an image file") from error
     except OSError as error:

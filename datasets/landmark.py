@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 from datasets.batch_memory import BatchMemory
 from datasets.image import ImageError, ImageFile
 from datasets.missing import missing_files
+from datasets.normalisation import note_on_path
 
 _MOST_REPLACED = 1000  # broken images in a row: then it is the disk that is broken
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -68,10 +69,12 @@ def _parse(line: str, where: str, num_classes: int | None) -> tuple[str, int]:
     if len(fields) == 0:
         raise ListError(f"{where}: a blank line between others; remove it")
     if len(fields) == 1:
-        raise ListError(f"{where}: found {fields[0]!r}, expected `path label`")
+        raise ListError(f"{where}: found {fields[0][:100]!r}, expected `path label`")
     path, label = fields
+    if "\0" in path:
+        raise ListError(f"{where}: the path {path[:200]!a} holds a zero byte, which no file's name can")
     if not _INTEGER.fullmatch(label):
-        raise ListError(f"{where}: the label {label!r} is not an integer; expected `path label`")
+        raise ListError(f"{where}: the label {label[:100]!r} is not an integer; expected `path label`")
     if len(label) > _MOST_DIGITS:  # int() would raise for thousands of them
         raise ListError(f"{where}: the label {label[:20]}... does not fit 64 bits")
     value = int(label)
@@ -93,7 +96,7 @@ def check_files(list_file: str | os.PathLike, paths: list[str]) -> None:
     if len(missing):
         raise ListError(
             f"{list_file}, line {missing[0] + 1}: no such image: {paths[missing[0]]} "
-            f"({len(missing)} of {len(paths)} listed images missing)"
+            f"({len(missing)} of {len(paths)} listed images missing){note_on_path(paths[missing[0]])}"
         )
 
 

@@ -131,14 +131,14 @@ def _train_row(image: str, landmark: str) -> tuple[list[str], str]:
 
 def _path_of(image: str) -> str:
     if not IMAGE_ID.fullmatch(image):
-        raise SourceError(f"{image!a} is not an image id; expected 16 of the characters 0-9a-f")
+        raise SourceError(f"{image[:100]!a} is not an image id; expected 16 of the characters 0-9a-f")
     return gldv2_path(image)
 
 
 def landmark_name(text: str) -> str:
     """`007` -> `7`. Raises SourceError for what is no landmark's id."""
     if not LANDMARK_ID.fullmatch(text):
-        raise SourceError(f"{text!a} is not a landmark id; expected a whole number")
+        raise SourceError(f"{text[:100]!a} is not a landmark id; expected a whole number")
     return str(int(text))
 
 
@@ -148,7 +148,7 @@ def _own_row(path: str, label: str) -> tuple[list[str], str]:
         if not value:
             raise SourceError(f"the {name} is empty")
         if NO_TEXT.search(value):
-            raise SourceError(f"the {name} {value!a} is not UTF-8 text")
+            raise SourceError(f"the {name} {value[:200]!a} is not UTF-8 text")
     return [os.path.normpath(path)], label  # so that a/b.jpg and a//b.jpg are known as one image
 
 

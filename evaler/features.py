@@ -26,6 +26,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from core.environment import atomic_write, sha256_file, write_json
+from datasets.normalisation import note_on_name
 
 MANIFEST_FORMAT = 2
 DTYPES = ("float32", "float16")
@@ -202,7 +203,8 @@ def align(features: Features, names: Sequence[str], *, source: str) -> np.ndarra
     row = {name: index for index, name in enumerate(features.names)}
     missing = [name for name in names if name not in row]
     if missing:
-        raise FeaturesError(f"{source}: no descriptor of {some(missing)}, of {len(names)} asked for")
+        note = note_on_name(missing[0], row)
+        raise FeaturesError(f"{source}: no descriptor of {some(missing)}, of {len(names)} asked for{note}")
     surplus = sorted(set(row) - set(names))
     if surplus:
         raise FeaturesError(f"{source}: descriptors of {some(surplus)} that were not asked for")

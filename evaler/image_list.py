@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from datasets.image import ImageError, read_file
+from datasets.normalisation import note_on_path
 
 Box = tuple[float, float, float, float]
 THREADS = 16  # of those that ask for sizes: on a network disk nearly all of the time is waiting
@@ -60,7 +61,8 @@ class ImageList:
         missing = np.flatnonzero(sizes < 0)
         if len(missing) and not missing_ok:
             first = self.source(int(missing[0]))
-            raise ImageError(f"{first}: no such image ({len(missing)} of {len(self)} images missing)")
+            counted = f"{len(missing)} of {len(self)} images missing"
+            raise ImageError(f"{first}: no such image ({counted}){note_on_path(first)}")
         digest = hashlib.sha256()
         rows = zip(self.names, self._boxes or itertools.repeat(None), sizes.tolist())  # noqa: B905 repeat has no end
         while block := "".join(f"{name}\t{box}\t{size}\n" for name, box, size in itertools.islice(rows, BLOCK)):
@@ -94,5 +96,5 @@ class LooseFiles:
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except OSError:
+    except (OSError, ValueError):  # a name with a zero byte
         return -1

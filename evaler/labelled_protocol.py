@@ -10,6 +10,7 @@ import numpy as np
 from core.arguments import Parser
 from core.environment import entry_point, write_json
 from datasets.list_sources import read_csv
+from datasets.normalisation import note_on_name
 from evaler.arguments import find_collection
 from evaler.features import Features, check_length, load, some
 from evaler.provenance import LIST_KEYS, MACHINE_KEYS, check_alike
@@ -94,7 +95,8 @@ def score_labelled(
 def _check_labels(features: Features, labels: Mapping[str, str]) -> None:
     missing = [name for name in features.names if name not in labels]
     if missing:
-        raise ValueError(f"no label of {some(missing)}, of {len(features.names)} images")
+        note = note_on_name(missing[0], labels)
+        raise ValueError(f"no label of {some(missing)}, of {len(features.names)} images{note}")
 
 
 def _load(place: Path, csv: Path | None) -> tuple[Features, dict[str, str]]:

@@ -258,6 +258,8 @@ ID, ID2 = "00000000000000ab", "00000000000000ac"
         (f"landmark_id,images\n1,{ID} {ID[:-1]}\n".encode(), "line 2: '00000000000000a' is not an image id"),
         (f"landmark_id,images\n1,{ID.upper()}\n".encode(), "line 2: '00000000000000AB' is not an image id"),
         (f"landmark_id,images\n1,{ID[:3]}../../etc/\n".encode(), "line 2: '000../../etc/' is not an image id"),
+        (b"landmark_id,images\n1," + b"x" * 200_000, "line 2: '" + "x" * 100 + "' is not an image id"),
+        (b"id,landmark_id\n%b," % ID.encode() + b"1" * 9999, "line 2: '" + "1" * 100 + "' is not a landmark id"),
         (b"landmark_id,images\n1,\xff\n", "line 2: '\\udcff' is not an image id"),
         (f"landmark_id,images\n-1,{ID}\n".encode(), "line 2: '-1' is not a landmark id"),
         ("landmark_id,images\n\u0661,{ID}\n".replace("{ID}", ID).encode(), "line 2: '\\u0661' is not a landmark id"),

@@ -367,6 +367,8 @@ def test_what_is_no_image_is_refused_by_name(tmp_path, capfd):
     assert "a folder" in refusal(tmp_path / "folder.jpg")
     assert "empty" in refusal(written(tmp_path, b""))
     assert "cannot be read" in refusal(written(tmp_path, b"x", "file") + "/below.jpg")
+    with pytest.raises(ImageError, match=r"^'a\\x00b': a zero byte, which no file's name can hold$"):
+        decode("a\0b")
     for data in (b"not an image at all", b"\x89PNG", b"\xff\xd8", b"GIF89a", bytes(1000)):
         assert "not a JPEG, PNG, BMP, WebP or TIFF image" in refusal(written(tmp_path, data))
     assert capfd.readouterr() == ("", "")

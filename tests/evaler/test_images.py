@@ -320,7 +320,7 @@ def test_a_list_of_paths_that_end_with_numbers_is_one_of_paths(tmp_path):
         (b"a.jpg 0\nb.jpg -1\n", ", line 2: the label -1 is negative"),
         (b"a.jpg 0\nb.jpg " + b"9" * 5000 + b"\n", ", line 2: the label 99999999999999999999... does not fit"),
         (b"a.jpg 0\nb\xff.jpg 1\n", ", line 2: not UTF-8 text"),
-        (b"a.jpg 0\nb\0/../c.jpg 1\n", "holds a tab, a line break or no UTF-8"),
+        (b"a.jpg 0\nb\0/../c.jpg 1\n", "holds a zero byte"),
         (b"a.jpg 0\nc/../a.jpg 1\n", "a.jpg stands in line 1 and again in line 2"),
         (b"a.jpg 0\nb.jpg\n", "a.jpg 0: no such image"),
     ],
