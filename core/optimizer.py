@@ -1,5 +1,6 @@
 """The optimiser: SGD or AdamW over the parameters that are trained, in groups with their own rate and decay."""
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -13,27 +14,49 @@ def parameter_groups(
     head: nn.Module | None = None,
     head_lr_mult: float = 1.0,
 ) -> list[dict]:
-    """Groups of the trained parameters: batch norm's where it has a decay of its own, the head's where it has a rate
-    of its own (`lr_mult` times the others'), and the rest.
+    """Groups of the trained parameters as (name, parameter): batch norm's where it has a decay of its own, the head's
+    where it has a rate of its own (`lr_mult` times the others'), and the rest. None of them is empty.
     """
     of_bn = {id(p) for m in model.modules() if isinstance(m, BATCH_NORM) for p in m.parameters(recurse=False)}
     of_head = {id(p) for p in head.parameters()} if head is not None else set()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = []
     if bn_weight_decay is not None:
-        groups.append({"params": [p for p in trained if id(p) in of_bn], "weight_decay": bn_weight_decay})
-        trained = [p for p in trained if id(p) not in of_bn]
+        groups.append({"params": [(n, p) for n, p in trained if id(p) in of_bn], "weight_decay": bn_weight_decay})
+        trained = [(n, p) for n, p in trained if id(p) not in of_bn]
     if head_lr_mult != 1.0:
-        groups.append({"params": [p for p in trained if id(p) in of_head], "lr_mult": head_lr_mult})
-        trained = [p for p in trained if id(p) not in of_head]
-    return [*groups, {"params": trained}]
+        groups.append({"params": [(n, p) for n, p in trained if id(p) in of_head], "lr_mult": head_lr_mult})
+        trained = [(n, p) for n, p in trained if id(p) not in of_head]
+    return [group for group in [*groups, {"params": trained}] if group["params"]]
 
 
 def build_sgd(
     groups: list[dict], *, lr: float, momentum: float, dampening: float, nesterov: bool, weight_decay: float
 ) -> SGD:
     settings = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "weight_decay": weight_decay}
-    return SGD(groups, lr=lr, **settings, fused=True)
+    optimizer = SGD(groups, lr=lr, **settings, fused=True)
+    if momentum:
+        # Left to itself the fused kernel allocates momentum without setting it, and fills it in the first step. Where
+        # that step is left out on the device (a float16 overflow, say), the next takes what the memory held.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        if dampening:
+            _begin_undamped(optimizer, dampening)
+    return optimizer
+
+
+def _begin_undamped(optimizer: SGD, dampening: float) -> None:
+    """Let the first step that counts take the gradient whole, as SGD without a momentum yet does."""
+
+    def before_step(*_: object) -> None:
+        begun = any(entry["momentum_buffer"].any() for entry in optimizer.state.values())
+        for group in optimizer.param_groups:
+            group["dampening"] = dampening if begun else 0.0
+        if begun:
+            hook.remove()
+
+    hook = optimizer.register_step_pre_hook(before_step)
 
 
 def build_adamw(groups: list[dict], *, lr: float, betas: list[float], weight_decay: float) -> AdamW:

@@ -46,6 +46,7 @@ class TrainStep:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.sharded = {id(p) for p in sharded}
         self.device = self.parameters[0].device
+        self.look = self.device.type == "cpu"  # where that costs nothing
         self.autocast = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.accumulate = accumulate
@@ -78,24 +79,35 @@ class TrainStep:
 
     def _update(self, loss: Tensor, number: int, rank: int) -> None:
         self.scaler.unscale_(self.optimizer)
-        norm = self._gradient_norm()
-        # A float16 gradient may overflow: the scaler then leaves this update out and scales the next loss less.
-        bad_norm = ~norm.isfinite() if not self.scaler.is_enabled() else torch.zeros_like(norm, dtype=torch.bool)
-        bad_loss = ~loss.isfinite()
+        norm, overflow = self._gradient_norm(), self._overflow()
+        bad_loss, bad_norm = ~loss.isfinite(), ~norm.isfinite() & ~overflow
         found = all_reduce_max(torch.stack([(bad_loss | bad_norm).long(), bad_loss.long() * (rank + 1)]))
         now = torch.stack([found[0] * number, found[1]])
         self.first_bad = torch.where(self.first_bad[0] > 0, self.first_bad, now)
         if self.clip:
             clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif self.first_bad.is_cuda:
-            # Fused optimisers leave the update out on the device where this is 1 (it is GradScaler's way of telling).
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, self.first_bad[:1].clamp(max=1).float()
-            self.optimizer.step()
-        elif not self.first_bad[0]:
-            self.optimizer.step()
+        self._step_unless((self.first_bad[0] > 0) | overflow)
+        self.scaler.update()
+
+    def _step_unless(self, left_out: Tensor) -> None:
+        """Let the optimizer step unless `left_out` (bool []), without waiting for a GPU to tell.
+
+        Not by `GradScaler.step`, which knows of its own overflows only and not of what came before.
+        """
+        if self.look:
+            if not left_out:
+                self.optimizer.step()
+            return
+        # Fused optimisers leave the update out on the device where this is 1 (it is GradScaler's way of telling).
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, left_out.float()
+        self.optimizer.step()
+
+    def _overflow(self) -> Tensor:
+        """Whether float16 gradients have overflowed (bool []): that costs one update, and scales the next loss less."""
+        if not self.scaler.is_enabled():
+            return torch.zeros((), dtype=torch.bool, device=self.device)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return ~get_total_norm(gradients, norm_type=torch.inf, foreach=True).isfinite()
 
     def _gradient_norm(self) -> Tensor:
         """L2 norm of the whole gradient, over all processes where parameters are sharded."""
