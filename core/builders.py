@@ -15,6 +15,7 @@ from core.checkpoint import newest_checkpoint
 from core.distributed import rank, world_size
 from core.download import local_path
 from core.environment import sha256_file
+from core.freeze import Frozen
 from core.optimizer import build_adamw, build_sgd, parameter_groups
 from core.saved_settings import check_saved_settings, network_settings, read_saved
 from core.schedule import learning_rate
@@ -169,13 +170,30 @@ def list_hashes(cfg: CfgNode) -> dict[str, str]:
     return {name: sha256_file(root / part.DATASET / part.SPLIT) for name, part in named.items() if part.SPLIT}
 
 
-def build_optimizer(cfg: CfgNode, model: Classifier) -> Optimizer:
-    groups = parameter_groups(
+def freeze(cfg: CfgNode, model: Classifier) -> Frozen:
+    """Hold the parts of the backbone still that are not to be trained."""
+    return Frozen(model.globalmodel, stages=cfg.TRAIN.FREEZE_AT, batch_norm=cfg.TRAIN.FREEZE_BN)
+
+
+def _parameter_groups(cfg: CfgNode, model: Classifier) -> list[dict]:
+    return parameter_groups(
         model,
         bn_weight_decay=cfg.BN.CUSTOM_WEIGHT_DECAY if cfg.BN.USE_CUSTOM_WEIGHT_DECAY else None,
         head=model.desc_cls,
         head_lr_mult=cfg.OPTIM.HEAD_LR_MULT,
     )
+
+
+def trained_parameters(cfg: CfgNode) -> list[list[str]]:
+    """The names of the parameters that are trained, in the groups and the order in which an optimizer numbers them."""
+    with torch.device("meta"):
+        model = build_classifier(cfg)
+    freeze(cfg, model)
+    return [[name for name, _ in group["params"]] for group in _parameter_groups(cfg, model)]
+
+
+def build_optimizer(cfg: CfgNode, model: Classifier) -> Optimizer:
+    groups = _parameter_groups(cfg, model)
     common = {"lr": cfg.OPTIM.BASE_LR, "weight_decay": cfg.OPTIM.WEIGHT_DECAY}
     if cfg.OPTIM.OPTIMIZER == "adamw":
         return build_adamw(groups, betas=cfg.OPTIM.BETAS, **common)

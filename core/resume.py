@@ -1,5 +1,7 @@
 """The whole state of a run as one dictionary of plain values, and back: what makes resuming exact."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,15 +9,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
+from core.config import get_cfg
 from core.distributed import gather_objects, is_main, world_size
 from core.environment import code_version
+from core.optimizer_state import StateError, load_state, whole_state
 from core.position import Position
+from core.run_content import check_content
 from core.saved_settings import changed_settings, check_saved_settings
 from model.weights import CLASS_MATRIX, load_strict, normalise_names, read_checkpoint
 
-CONTENT = {"epoch": int, "model_state": dict, "optimizer_state": dict}
 # Where the data lie, and what else may differ between two sittings of one run without a word.
 UNREMARKABLE = ("OUT_DIR", "CFG_DEST", "LOG_", "HOST", "PORT", "DIST_", "DOWNLOAD_CACHE", "INFER.", "TEST.WEIGHTS")
+# What only a run that begins looks at.
+FOR_THE_START = ("TRAIN.WEIGHTS", "MODEL.GEM.P", "BN.ZERO_INIT_FINAL_GAMMA")
+# What decides which parameters have an optimizer state, and under which number; the defaults are the published code's.
+NUMBERING = (
+    "BN.USE_CUSTOM_WEIGHT_DECAY",
+    "OPTIM.HEAD_LR_MULT",
+    "TRAIN.FREEZE_AT",
+    "TRAIN.FREEZE_BN",
+    "MODEL.GEM.TRAINABLE",
+)
 
 
 def state_of(
@@ -37,7 +51,7 @@ def state_of(
         "epoch": position.epochs_done - 1,
         "iteration": position.iteration,
         "model_state": _whole_model(model),
-        "optimizer_state": _whole_optimizer(model, optimizer),
+        "optimizer_state": whole_state(optimizer, _head(model)),
         "cfg": cfg.dump(),
         "run": {
             **position.shared(),
@@ -67,22 +81,6 @@ def _whole_model(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _whole_optimizer(model: nn.Module, optimizer: Optimizer) -> dict:
-    content, head = optimizer.state_dict(), _head(model)
-    if head is not None:
-        entry = content["state"].get(_number_of(optimizer, head.weight), {})
-        for name, value in sorted(entry.items()):
-            if isinstance(value, Tensor) and value.shape == head.weight.shape:
-                entry[name] = head.gather(value)
-    return content
-
-
-def _number_of(optimizer: Optimizer, parameter: nn.Parameter) -> int:
-    """Under which number an optimiser keeps a parameter's state."""
-    everything = [p for group in optimizer.param_groups for p in group["params"]]
-    return next(number for number, p in enumerate(everything) if p is parameter)
-
-
 def restore(
     path: Path,
     cfg: CfgNode,
@@ -93,23 +91,34 @@ def restore(
     average: nn.Module | None = None,
     scaler: torch.amp.GradScaler | None = None,
     lists: dict[str, str] | None = None,
+    numbering: Callable[[CfgNode], list[list[str]]] | None = None,
 ) -> list[str]:
     """Restore everything that `state_of` saved; return notes about what has changed since.
 
-    Momentum, decay and the like stay those of the configuration. Raises `ValueError` naming the file and the difference
-    for another architecture, class count or list; nothing is then half restored that a run would go on with.
+    Momentum, decay and the like stay those of the configuration. `numbering(cfg)` names the parameters that a run with
+    these settings trains, group by group, for a file whose optimizer state only numbers them; without it they are
+    taken for those of `optimizer`. Raises `ValueError` naming the file and the difference for another architecture,
+    class count or list, and for content that no run has written; nothing is then half restored that a run would go on
+    with.
     """
     content = read_checkpoint(path)
-    absent = [key for key, kind in CONTENT.items() if not isinstance(content.get(key), kind)]
-    if absent:
-        raise ValueError(f"{path}: no checkpoint of a training run, it lacks {', '.join(absent)}")
-    run = content.get("run") if isinstance(content.get("run"), dict) else {}
-    _check_lists(run.get("lists"), lists or {}, path)
-    _load_model(model, content, path)
+    run = check_content(content, path)
+    _check_lists(run.get("lists", {}), lists or {}, path)
+    order = _load_model(model, content, path)
     notes = check_saved_settings(content.get("cfg"), cfg, path)
-    _load_optimizer(model, optimizer, content["optimizer_state"], path)
+
+    def numbered() -> list[list[str]]:
+        if order != [name for name, _ in model.named_parameters()]:
+            raise StateError("it numbers the parameters, which stand in another order in model_state")
+        if numbering is None:
+            return [group["param_names"] for group in optimizer.param_groups]
+        return numbering(_settings_of_numbers(content.get("cfg"), cfg))
+
+    without = _load_optimizer(model, optimizer, content["optimizer_state"], path, numbered)
+    if content["epoch"] >= 0 or content.get("iteration"):  # else saved before the first step, which makes the state
+        notes += without
     if average is not None and "ema_state" in content and run:  # that of another code may be as it was at the start
-        _load_model(average, {"model_state": content["ema_state"]}, path)
+        _load_model(average, {"model_state": content["ema_state"]}, f"{path}, ema_state")
     elif average is not None:
         average.load_state_dict(model.state_dict())
         notes.append(f"{path} holds no moving average of ours: it starts from the weights")
@@ -119,16 +128,44 @@ def restore(
     position.restore(run)
     notes += _place_in_epoch(cfg, run, position)
     notes += _split_of_batch(cfg, run)
-    changed = [c for c in changed_settings(content.get("cfg"), cfg) if not c[0].startswith(UNREMARKABLE)]
-    if changed:
-        listed = ", ".join(f"{key} {there} -> {here}" for key, there, here in changed)
-        notes.append(f"settings changed since {path.name} was written: {listed}")
+    return notes + _changed(cfg, content.get("cfg"), position, path)
+
+
+def _settings_of_numbers(text: object, cfg: CfgNode) -> CfgNode:
+    """`cfg` with what decided the numbers of the parameters in a file with the configuration `text` (YAML)."""
+    saved, defaults = cfg.clone(), get_cfg()
+    there = {key: value for key, value, _ in changed_settings(text, defaults)}
+    saved.defrost()
+    for key in NUMBERING:
+        default = _get(defaults, key)
+        value = there.get(key, default)
+        saved.merge_from_list([key, type(default)(value) if isinstance(value, int | float) else default])
+    return saved
+
+
+def _get(cfg: CfgNode, key: str) -> object:
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def _changed(cfg: CfgNode, text: object, position: Position, path: Path) -> list[str]:
+    """Say which settings differ from those that the checkpoint was written with, and which of them have no effect."""
+    changed = [c for c in changed_settings(text, cfg) if not c[0].startswith(UNREMARKABLE)]
+    notes = []
+    if unused := [f"{key} {here}" for key, _, here in changed if key in FOR_THE_START and here != ""]:
+        notes.append(f"not used, since a run goes on: {', '.join(unused)} (name another OUT_DIR to begin with it)")
+    if any(key == "TEST.RETRIEVAL" for key, *_ in changed):
+        position.best_score = -math.inf
+        notes.append("TEST.RETRIEVAL has changed: the best checkpoint is looked for anew")
+    if used := [f"{key} {there} -> {here}" for key, there, here in changed if key not in FOR_THE_START]:
+        notes.append(f"settings changed since {path.name} was written: {', '.join(used)}")
     return notes
 
 
-def _check_lists(saved: object, lists: dict[str, str], path: Path) -> None:
+def _check_lists(saved: dict[str, str], lists: dict[str, str], path: Path) -> None:
     for name, digest in lists.items():
-        there = saved.get(name) if isinstance(saved, dict) else None
+        there = saved.get(name)
         if there is not None and there != digest:
             raise ValueError(
                 f"{path}: trained with another {name} list (sha256 {there[:8]}, here {digest[:8]}): restore that list, "
@@ -136,38 +173,29 @@ def _check_lists(saved: object, lists: dict[str, str], path: Path) -> None:
             )
 
 
-def _load_model(model: nn.Module, content: dict, path: Path) -> None:
-    state = normalise_names(content, source=str(path))
+def _load_model(model: nn.Module, content: dict, source: Path | str) -> list[str]:
+    """Load `model_state`; return the names of the parameters in its order."""
+    state = normalise_names(content, source=str(source))
     head = _head(model)
     if head is not None and CLASS_MATRIX in state:
         classes = len(state[CLASS_MATRIX])
         if classes != head.num_classes:
-            raise ValueError(f"{path}: its head has {classes} classes, MODEL.NUM_CLASSES is {head.num_classes}")
-    load_strict(model, state, source=str(path))
-    own = [name for name, _ in model.named_parameters()]
-    if [name for name in state if name in set(own)] != own:  # the optimiser numbers them
-        raise ValueError(f"{path}: its parameters stand in another order; start from it with TRAIN.WEIGHTS instead")
+            raise ValueError(f"{source}: its head has {classes} classes, MODEL.NUM_CLASSES is {head.num_classes}")
+    load_strict(model, state, source=str(source))
+    parameters = {name for name, _ in model.named_parameters()}
+    return [name for name in state if name in parameters]
 
 
-def _load_optimizer(model: nn.Module, optimizer: Optimizer, content: dict, path: Path) -> None:
-    # The rate is set before every step; the saved one shows which was the last.
-    configured = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    head = _head(model)
+def _load_optimizer(
+    model: nn.Module, optimizer: Optimizer, content: dict, path: Path, numbering: Callable[[], list[list[str]]]
+) -> list[str]:
     try:
-        for number, entry in content["state"].items():
-            for name, value in entry.items():
-                if isinstance(value, Tensor) and value.dim():
-                    if head is not None and parameters[number] is head.weight:
-                        value = entry[name] = head.shard(value)
-                    if value.shape != parameters[number].shape:
-                        raise KeyError(f"{name} of parameter {number} is {list(value.shape)}")
-        optimizer.load_state_dict(content)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: its optimizer state does not fit this configuration ({reason})") from None
-    for group, settings in zip(optimizer.param_groups, configured, strict=True):
-        group.update(settings)
+        return load_state(optimizer, content, _head(model), numbering=numbering)
+    except StateError as error:
+        raise ValueError(
+            f"{path}: its optimizer_state does not fit: {error}; start anew from its weights with TRAIN.WEIGHTS and "
+            "another OUT_DIR"
+        ) from None
 
 
 def _place_in_epoch(cfg: CfgNode, run: dict, position: Position) -> list[str]:

@@ -21,7 +21,6 @@ from core.checkpoint import (
 from core.distributed import barrier, broadcast_from_main, gather_objects, is_main, rank, training_device, world_size
 from core.evaluation import Evaluation, Scorer
 from core.faults import Faults
-from core.freeze import Frozen
 from core.interrupt import Interrupted, Stopped
 from core.launch import restarts
 from core.lock import folder_lock
@@ -95,7 +94,7 @@ class Run:
         self.iterations = self.train_loader.batch_sampler.per_epoch
         self.lists = builders.list_hashes(cfg)
         self.model = builders.build_classifier(cfg).to(device, memory_format=torch.channels_last)
-        self.frozen = self.freeze(self.model)
+        self.frozen = builders.freeze(cfg, self.model)
         self.optimizer = builders.build_optimizer(cfg, self.model)
         self.average = MovingAverage(self.model, cfg.OPTIM.EMA_DECAY) if cfg.OPTIM.EMA_DECAY else None
         self.step = builders.build_step(cfg, self.model, self.optimizer)
@@ -110,9 +109,6 @@ class Run:
             remember=cfg.LOG_PERIOD,
         )
         self.clock = Clock()
-
-    def freeze(self, network: nn.Module) -> Frozen:
-        return Frozen(network.globalmodel, stages=self.cfg.TRAIN.FREEZE_AT, batch_norm=self.cfg.TRAIN.FREEZE_BN)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -129,7 +125,10 @@ class Run:
         """Take up the state in a checkpoint; returns notes."""
         average = self.average.network if self.average else None
         saved = {"average": average, "scaler": self.step.scaler, "lists": self.lists}
-        notes = restore(path, self.cfg, self.model, self.optimizer, self.position, **saved)
+        numbering = builders.trained_parameters
+        notes = restore(path, self.cfg, self.model, self.optimizer, self.position, **saved, numbering=numbering)
+        if self.position.iteration > self.iterations:
+            raise ValueError(f"{path}: iteration {self.position.iteration} of an epoch that has {self.iterations}")
         self.saved_at = self.position.place
         done = f"{self.position.epochs_done} of {self.cfg.OPTIM.MAX_EPOCH} epochs done"
         inside = f" and {self.position.iteration} of {self.iterations} iterations of the next"
@@ -246,7 +245,7 @@ class Run:
             self.train_loader.batch_sampler.set_epoch(self.position.epochs_done)
             loader = builders.batches_on_device(self.train_loader, self.device)
             network = self.evaluated
-            still = self.freeze(network).layers
+            still = builders.freeze(cfg, network).layers
             update_precise_bn(
                 network, loader, batches=batches, forward=network.descriptors, leave=still, poll=self.faults.poll
             )
