@@ -12,8 +12,6 @@ import torch
 from core import launch
 from core.checkpoint import checkpoints
 from core.config import load_cfg
-from core.logging import setup_logging
-from core.trainer import train
 from datasets.loader import TrainBatches
 from tests.small_run import (
     ROOT,
@@ -148,33 +146,6 @@ def test_a_loss_that_is_not_finite_names_process_iteration_and_images(data_dir, 
     second = list(TrainBatches(12, batch_size=4, seed=1, rank=1, world=2))[1]
     assert re.findall(r"train/(\d+)\.jpg", line) == [f"{index:02d}" for _, index in second]
     assert not (tmp_path / "out").exists()
-
-
-def test_a_sharded_head_trains_as_a_whole_one_and_goes_on_in_one_process(data_dir, tmp_path):
-    """Two processes, then one; the checkpoint holds the whole head."""
-    states = []
-    for sharded in (False, True):
-        out_dir = tmp_path / str(sharded) / "out"
-        more = {"OUT_DIR": out_dir, "OPTIM.BASE_LR": 1e-3, "MODEL.HEADS.SHARDED": sharded, "OPTIM.CLIP_GRAD": 0.5}
-        more |= {"MODEL.HEADS.CLS_LAYER": "curricularface", "OPTIM.EMA_DECAY": 0.5, "TEST.BATCH_SIZE": 2}
-        process = start(script(tmp_path, TROUBLE), "train", *settings(data_dir, PORT=free_port(), **more), *EPOCHS)
-        _, err = process.communicate(timeout=100)
-        assert process.returncode == 0, err
-        states.append(torch.load(checkpoints(out_dir)[-1], weights_only=True))
-    whole, parts = states
-    assert parts["model_state"]["desc_cls.weight"].shape == (3, 8)
-    for key in ("model_state", "ema_state"):
-        for name, value in whole[key].items():
-            if "running" in name:  # of two values each: they magnify what the order of sums rounds off
-                continue
-            torch.testing.assert_close(parts[key][name], value, rtol=0.02, atol=2e-3, msg=f"{key} {name}")
-    momenta = [[e["momentum_buffer"] for e in s["optimizer_state"]["state"].values()] for s in states]
-    for value, expected in zip(*reversed(momenta), strict=True):
-        assert value.shape == expected.shape
-    train(load_cfg(None, [*settings(data_dir, **more), "OPTIM.MAX_EPOCH", "2", "LOG_DEST", "file"]))
-    setup_logging(None, quiet=True)
-    assert "2 processes before, 1 now" in (out_dir / "stdout.log").read_text()
-    assert checkpoints(out_dir)[-1].name == "model_epoch_0002.pyth"
 
 
 def test_torchrun_starts_the_processes_again_and_they_go_on(data_dir, tmp_path, monkeypatch):
