@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +15,23 @@ from yacs.config import CfgNode
 from core.counter import Counter
 from core.lock import InUse, folder_lock
 from datasets.image import ImageError
-from evaler.chunks import Plan, name_lines, plans, present, read_header, read_plan, write_chunk, write_plan
-from evaler.features import Features, FeaturesError, Rejected, feature_path, load, read_manifest
+from evaler.chunks import Plan, name_lines, plans, present, read_header, read_plan, set_aside, write_chunk, write_plan
+from evaler.chunks import read_records as read_records_of_chunk
+from evaler.earlier import Descriptor, Earlier, made_alike, superseded
+from evaler.features import (
+    Features,
+    FeaturesError,
+    Rejected,
+    feature_path,
+    load,
+    read_manifest,
+    read_records,
+    write_records,
+)
 from evaler.gpu_jpeg import nvjpeg
+from evaler.identity import IDENTITY_BYTES, Identities
 from evaler.images import ImageList
-from evaler.join import join, missing
+from evaler.join import discard, join, missing
 from evaler.multiscale import describe_batch
 from evaler.pictures import Broken, Limits, Picture, Pictures, by_size, decoded
 from evaler.provenance import PLACES, differing_keys
@@ -37,22 +49,32 @@ class Job:
     parent: Path  # the folder of the set
     plan: Plan
     limits: Limits
+    identities: Identities
     _rejections: dict[int, int] = field(default_factory=dict)  # of chunks on disk, by number
+    _checked: set[int] = field(default_factory=set)  # chunks on disk whose images are as they were
+    _verdicts: dict[tuple[int, int], bool] = field(default_factory=dict)  # on complete collections, by their manifest
+    _at_work: list[bool] = field(default_factory=list)  # not empty once a chunk is written
 
     @classmethod
     def make(
         cls, cfg: CfgNode, network: nn.Module, provenance: dict, parent: Path, collection: str, images: ImageList
     ) -> "Job":
         """Raises `ImageError` for an image that is missing, unless INFER.SKIP_BROKEN leaves room for it."""
+        limits, stat = limits_of(cfg), images.stat()
+
+        def part(index: int) -> str:
+            """Of a cropped image: whether the whole has too many pixels is seen before it is cropped."""
+            return f"{images.box(index)} {limits.max_pixels}" if images.box(index) else ""
+
         plan = Plan(
             collection,
             len(images),
             cfg.INFER.CHUNK_SIZE,
             hashlib.sha256(name_lines(images.names)).hexdigest(),
             cfg.INFER.DTYPE,
-            {**provenance, "list_sha256": images.sha256(missing_ok=cfg.INFER.SKIP_BROKEN > 0)},
+            {**provenance, "list_sha256": images.sha256(missing_ok=cfg.INFER.SKIP_BROKEN > 0, stat=stat)},
         )
-        return cls(cfg, network, images, parent, plan, limits_of(cfg))
+        return cls(cfg, network, images, parent, plan, limits, Identities(images, stat, part))
 
     @property
     def title(self) -> str:
@@ -70,13 +92,34 @@ class Job:
         return self.plan.folder(self.parent)
 
     def is_joined(self) -> bool:
-        """Whether the manifest of a complete collection is there, one that was extracted in this very way."""
+        """Whether the manifest of a complete collection is there, one of these very images in this very way."""
         try:
             found = read_manifest(self.parent, self.plan.collection)
-        except FeaturesError:
+            status = feature_path(self.parent, self.plan.collection).stat()
+        except (FeaturesError, OSError):
             return False
         same = not differing_keys(found["provenance"], self.plan.provenance, but=PLACES)
-        return same and found["dtype"] == self.plan.dtype and len(found["rejected"]) <= self.cfg.INFER.SKIP_BROKEN
+        if not same or found["dtype"] != self.plan.dtype or len(found["rejected"]) > self.cfg.INFER.SKIP_BROKEN:
+            return False
+        key = status.st_ino, status.st_mtime_ns
+        if key not in self._verdicts:
+            self._verdicts[key] = self._holds(found)
+        return self._verdicts[key]
+
+    def _holds(self, manifest: dict) -> bool:
+        """Whether the images of a collection of this list are what they were when it was made."""
+        records = read_records(self.parent, self.plan.collection, manifest)
+        if records is None or len(records) != len(self.images):
+            path = feature_path(self.parent, self.plan.collection, ".files")
+            print(f"note: {path}: missing or damaged, what was described is not known", file=sys.stderr)
+            return False
+        same = self.identities.same(range(len(records)), records, title=f"checking {self.title}")
+        if same.all() and self.cfg.INFER.CUT_NUM == 1:  # files that were copied need not be read again
+            renewed = self.identities.restamped(records)
+            if ((renewed != records).any(axis=1) & renewed[:, IDENTITY_BYTES:].any(axis=1)).any():
+                with contextlib.suppress(OSError):  # a folder that may only be read
+                    write_records(self.parent, self.plan.collection, manifest, renewed)
+        return bool(same.all())
 
     def is_there(self) -> bool:
         """Whether the complete collection is, every byte as its manifest says."""
@@ -87,8 +130,18 @@ class Job:
         return self.is_joined()
 
     def chunks_left(self, cut: int, total: int) -> list[int]:
+        """Those of a shard that are missing, or of which an image has changed since: these are set aside."""
         there = present(self.folder)
-        return [number for number in self.plan.shard(cut, total) if number not in there]
+        numbers = self.plan.shard(cut, total)
+        unsure = [number for number in numbers if number in there and number not in self._checked]
+        for number in unsure:
+            records = read_records_of_chunk(self.folder, self.plan, number)
+            if self.identities.same(self.plan.rows(number), records).all():
+                self._checked.add(number)
+            else:
+                set_aside(self.folder, number)
+                there.remove(number)
+        return [number for number in numbers if number not in there]
 
     def images_left(self, cut: int, total: int) -> int:
         return sum(len(self.plan.rows(number)) for number in self.chunks_left(cut, total))
@@ -102,17 +155,62 @@ class Job:
         numbers = self.chunks_left(cut, total)
         if not numbers:
             return
-        indices = (index for number in numbers for index in self.plan.rows(number))
+        with contextlib.ExitStack() as stack:
+            earlier = self._earlier(numbers)
+            held: dict[int, dict[int, Descriptor]] = {}  # of chunks that are not held as a whole
+            taken = 0
+            for number in numbers:
+                rows = self.plan.rows(number)
+                same = earlier.same(rows, self.images.names[rows.start : rows.stop], self.identities, self._may_be_used)
+                taken += len(same)
+                if len(same) == len(rows):
+                    self._write(number, self._content(rows, [], same, counter), stack)
+                else:
+                    held[number] = same
+            if taken:
+                print(
+                    f"{self.title}: {taken} images of this shard's {sum(map(len, map(self.plan.rows, numbers)))} are "
+                    "unchanged, their descriptors are taken over"
+                )
+                if self.plan.provenance["batch_size"] > 1:
+                    print(
+                        f"note: {self.title}: they were described in other batches, which moves the last digits; "
+                        "for the very bytes of a fresh extraction use another OUT_DIR",
+                        file=sys.stderr,
+                    )
+            if held:
+                self._describe_rest(held, counter, stack)
+
+    def _earlier(self, numbers: Sequence[int]) -> Earlier:
+        wanted = {self.images.names[index] for number in numbers for index in self.plan.rows(number)}
+        return Earlier(self.parent, self.plan, dim=self.cfg.MODEL.HEADS.REDUCTION_DIM, wanted=wanted)
+
+    def _may_be_used(self, index: int, width: int, height: int) -> bool:
+        """Whether an image that was described is one that would be described now."""
+        try:
+            self.limits.check(width, height)
+        except ValueError:
+            return False
+        return self.images.box(index) is not None or width * height <= self.limits.max_pixels
+
+    def _describe_rest(
+        self, held: Mapping[int, Mapping[int, Descriptor]], counter: Counter, stack: contextlib.ExitStack
+    ) -> None:
+        indices = (index for number in held for index in self.plan.rows(number) if index not in held[number])
         pictures = Pictures(self.images, self.limits, on_gpu=nvjpeg() if self.cfg.INFER.GPU_JPEG else None)
         stream = decoded(pictures, indices, workers=self.workers)
-        with contextlib.ExitStack() as stack:
-            stack.callback(stream.close)
-            for number in numbers:
-                content = self._describe(stream, self.plan.rows(number), counter)
-                if number == numbers[0]:  # not before: a run that fails at its first image leaves nothing behind
-                    stack.enter_context(folder_lock(self.folder, shared=True))
-                    write_plan(self.parent, self.plan)
-                write_chunk(self.folder, self.plan, number, content)
+        with contextlib.closing(stream):
+            for number, same in held.items():
+                self._write(number, self._content(self.plan.rows(number), stream, same, counter), stack)
+
+    def _write(self, number: int, content: Features, stack: contextlib.ExitStack) -> None:
+        """Write a chunk; with the first one the folder is made and locked until the stack is left."""
+        if not self._at_work:  # not before: a run that fails at its first image leaves nothing behind
+            stack.enter_context(folder_lock(self.folder, shared=True))
+            write_plan(self.parent, self.plan)
+            self._at_work.append(True)
+        write_chunk(self.folder, self.plan, number, content)
+        self._checked.add(number)
 
     def _tell_of_replaced(self) -> None:
         try:
@@ -135,20 +233,30 @@ class Job:
             return
         keys = differing_keys(other.provenance, self.plan.provenance, but=PLACES)
         keys += differing_keys(vars(other), vars(self.plan), but=("provenance",))
+        mend = "delete it if it is not wanted"
+        if made_alike(other.provenance, self.plan):
+            mend = "descriptors of images that are the same are taken over"
         print(
             f"note: {folder} holds {len(present(folder))} of {other.chunks} chunks of another extraction (differs in "
-            f"{', '.join(keys)}); delete it if it is not wanted",
+            f"{', '.join(keys)}); {mend}",
             file=sys.stderr,
         )
 
-    def _describe(self, stream: Iterator[Picture | Broken], rows: range, counter: Counter) -> Features:
-        vectors: dict[int, np.ndarray] = {}
-        sizes: dict[int, tuple[int, int]] = {}
+    def _content(
+        self, rows: range, stream: Iterator[Picture | Broken], same: Mapping[int, Descriptor], counter: Counter
+    ) -> Features:
+        """A chunk: what is in `same`, and the rest as it comes out of the stream."""
+        vectors = {index: descriptor.vector() for index, descriptor in same.items()}
+        sizes = {index: descriptor.size for index, descriptor in same.items()}
+        records = {index: self.identities.stamped(index, descriptor.identity) for index, descriptor in same.items()}
+        machines = {name for descriptor in same.values() for name in descriptor.machines}
         rejected: list[Rejected] = []
+        counter.add(len(same))
 
         def usable() -> Iterator[Picture]:
-            for _ in rows:
+            for _ in range(len(rows) - len(same)):
                 item = next(stream)
+                records[item.index] = self.identities.record(item.index, item.sha256)
                 if isinstance(item, Broken):
                     rejected.append(Rejected(item.index, self.images.names[item.index], item.reason))
                     self._check_rejected(rejected)
@@ -164,6 +272,7 @@ class Job:
             for picture, vector in zip(group, found, strict=True):
                 vectors[picture.index], sizes[picture.index] = vector, picture.size
             counter.add(len(group))
+            machines.add(machine())
         order, dim = sorted(vectors), self.cfg.MODEL.HEADS.REDUCTION_DIM
         return Features(
             [self.images.names[index] for index in order],
@@ -171,7 +280,8 @@ class Job:
             np.array([sizes[index] for index in order], np.int32).reshape(-1, 2),
             self.plan.provenance,
             rejected,
-            [machine()],
+            sorted(machines),
+            np.stack([records[index] for index in rows]),
         )
 
     def _check_rejected(self, rejected: list[Rejected]) -> None:
@@ -202,6 +312,9 @@ class Job:
                 join(self.parent, self.plan)
             except InUse:
                 return f"{self.title}: this shard is done; the last one to end joins all"
+            for folder in superseded(self.parent, self.plan, self.images.names):
+                with contextlib.suppress(InUse), folder_lock(folder):
+                    discard(folder)
         path = feature_path(self.parent, self.plan.collection)
         rejected = len(read_manifest(self.parent, self.plan.collection)["rejected"])
         others = f", {rejected} images are rejected and listed in {path}" if rejected else ""

@@ -7,6 +7,9 @@ folder:
     <collection>.tsv    `name<TAB>width<TAB>height`, a row each; the size of the picture as decoded and cropped
     <collection>.json   the manifest: provenance, counts, rejected images, and the sha256 of the other two
 
+Extraction adds <collection>.files, a record of `evaler/identity.py` for each image of the list, so that a later one can
+tell which descriptors still hold. Nothing else reads it, and a collection is complete without.
+
 The manifest is written last, so a collection that was cut off while it was written has none and is not taken for a
 whole one. Rows stand in the order of the list that was extracted; whoever needs an order asks for it by name (`align`).
 
@@ -18,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +31,25 @@ import numpy as np
 
 from core.environment import atomic_write, sha256_file, write_json
 from datasets.normalisation import note_on_name
+from evaler.identity import RECORD_BYTES
+from evaler.json_files import parse, read_bytes
 
 MANIFEST_FORMAT = 2
+RECORDS_FORMAT = 1
 DTYPES = ("float32", "float16")
 ROWS_A_CHUNK = 1 << 16
 NAMES_SHOWN = 3
 # float32 normalisation is exact to 1e-7, half precision to 1e-3.
 NORM_TOLERANCE = 2e-3
+# What NumPy raises for damaged headers.
+_NPY_ERRORS = (
+    *(ValueError, OSError, EOFError, TypeError, OverflowError, MemoryError),
+    *(SyntaxError, RecursionError, tokenize.TokenError),
+)
+_MANIFEST_TYPES = {
+    **{"format": int, "collection": str, "images": int, "count": int, "dim": int, "dtype": str},
+    **{"sha256": dict, "rejected": list, "machines": list, "provenance": dict},
+}
 
 
 class FeaturesError(ValueError):
@@ -62,6 +78,7 @@ class Features:
     provenance: dict
     rejected: list[Rejected] = field(default_factory=list)
     machines: list[str] = field(default_factory=list)  # what they were made on
+    records: np.ndarray | None = None  # uint8 [N + rejected, 48], in the order of the list: see `evaler/identity.py`
 
     @property
     def dtype(self) -> str:
@@ -102,6 +119,7 @@ def write(
     machines: set[str] = set()
     seen: set[str] = set()
     provenance: dict = {}
+    records: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
         vectors, table = (_Hashed(stack.enter_context(atomic_write(path))) for path in (npy, tsv))
         np.lib.format.write_array_header_1_0(
@@ -116,6 +134,7 @@ def write(
             rejected += part.rejected
             machines |= set(part.machines)
             provenance = part.provenance
+            records.append(records_of(part))
         assert len(seen) == count, (len(seen), count)
         manifest.unlink(missing_ok=True)  # from here to the end the collection is incomplete
     description = {
@@ -130,7 +149,42 @@ def write(
         "machines": sorted(machines),
         "provenance": provenance,
     }
+    write_records(folder, collection, description, np.concatenate(records) if records else None)
     write_json(manifest, description, sort_keys=True)
+
+
+def records_of(part: Features) -> np.ndarray:
+    """uint8 [N + rejected, 48], zeros where nothing is known."""
+    if part.records is None:
+        return np.zeros((len(part.names) + len(part.rejected), RECORD_BYTES), np.uint8)
+    assert part.records.shape == (len(part.names) + len(part.rejected), RECORD_BYTES), part.records.shape
+    return part.records
+
+
+def write_records(folder: str | os.PathLike, collection: str, description: dict, records: np.ndarray | None) -> None:
+    """Write `<collection>.files` for the collection of a manifest; remove it if nothing is known of any image."""
+    path = feature_path(folder, collection, ".files")
+    if records is None or not records.any():
+        if path.exists():
+            path.unlink()
+        return
+    body = records.tobytes()
+    header = {"format": RECORDS_FORMAT, "of": description["sha256"], "sha256": hashlib.sha256(body).hexdigest()}
+    with atomic_write(path) as file:
+        file.write(json.dumps(header, sort_keys=True).encode() + b"\n" + body)
+
+
+def read_records(folder: str | os.PathLike, collection: str, description: dict) -> np.ndarray | None:
+    """uint8 [N + rejected, 48] of the collection of a manifest; None if there are none, or damaged ones."""
+    try:
+        line, _, body = feature_path(folder, collection, ".files").read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    expected = {"format": RECORDS_FORMAT, "of": description["sha256"], "sha256": hashlib.sha256(body).hexdigest()}
+    count = description["count"] + len(description["rejected"])
+    if line != json.dumps(expected, sort_keys=True).encode() or len(body) != count * RECORD_BYTES:
+        return None
+    return np.frombuffer(body, np.uint8).reshape(count, RECORD_BYTES)
 
 
 def load(folder: str | os.PathLike, collection: str) -> Features:
@@ -148,8 +202,10 @@ def load(folder: str | os.PathLike, collection: str) -> Features:
             raise FeaturesError(f"{path}: is not the file its manifest describes (sha256); extract it again")
     try:
         vectors = np.lib.format.open_memmap(npy, mode="r")  # unlike np.load it reads no .npz and no pickle
-    except (ValueError, OSError, EOFError) as error:
+    except _NPY_ERRORS as error:
         raise FeaturesError(f"{npy}: not an array of numbers: {_one_line(error)}") from None
+    if not (vectors.dtype.isnative and vectors.flags.c_contiguous):
+        raise FeaturesError(f"{npy}: not in the order of bytes and rows of this machine; extract it again")
     expected = (description["count"], description["dim"])
     if vectors.shape != expected:
         raise FeaturesError(f"{npy}: not an array of shape {expected}, as its manifest says")
@@ -164,23 +220,45 @@ def read_manifest(folder: str | os.PathLike, collection: str) -> dict:
     """The manifest of a collection. Raises `FeaturesError` if it is absent or no manifest."""
     path = feature_path(folder, collection)
     try:
-        description = json.loads(path.read_bytes())
+        description = parse(read_bytes(path))
     except FileNotFoundError:
         raise FeaturesError(f"{folder}: {_absence(Path(folder), collection)}") from None
     except (OSError, ValueError) as error:
         raise FeaturesError(f"{path}: not a manifest: {_one_line(error)}; extract it again") from None
-    types = {"format": int, "count": int, "dim": int, "sha256": dict, "provenance": dict}
-    types |= {"rejected": list, "machines": list}
-    if type(description) is dict and description.get("format") not in (None, MANIFEST_FORMAT):
-        raise FeaturesError(f"{path}: format {description['format']}, this code reads format {MANIFEST_FORMAT}")
-    if (
-        type(description) is not dict
-        or any(type(description.get(key)) is not types[key] for key in types)
-        or set(description["sha256"]) != {"npy", "tsv"}
-        or not all(type(entry) is dict and set(entry) == set(Rejected._fields) for entry in description["rejected"])
-    ):
+    if type(description) is dict and type(format := description.get("format")) is int and format != MANIFEST_FORMAT:
+        raise FeaturesError(f"{path}: format {format}, this code reads format {MANIFEST_FORMAT}")
+    if not _is_manifest(description):
         raise FeaturesError(f"{path}: not a manifest of descriptors; extract it again")
     return description
+
+
+def _is_manifest(description: object) -> bool:
+    return (
+        type(description) is dict
+        and all(type(description.get(key)) is kind for key, kind in _MANIFEST_TYPES.items())
+        and description["count"] >= 0
+        and description["dim"] >= 1
+        and description["dtype"] in DTYPES
+        and set(description["sha256"]) == {"npy", "tsv"}
+        and all(type(digest) is str for digest in description["sha256"].values())
+        and all(type(machine) is str for machine in description["machines"])
+        and all(map(_is_rejected, description["rejected"]))
+        and description["images"] == description["count"] + len(description["rejected"])
+        and are_indices([entry["index"] for entry in description["rejected"]], range(description["images"]))
+    )
+
+
+def _is_rejected(entry: object) -> bool:
+    return (
+        type(entry) is dict
+        and set(entry) == set(Rejected._fields)
+        and [type(entry[key]) for key in Rejected._fields] == [int, str, str]
+    )
+
+
+def are_indices(indices: Sequence[int], of: range) -> bool:
+    """Whether all lie in a range, each once."""
+    return len(set(indices)) == len(indices) and all(of.start <= index < of.stop for index in indices)
 
 
 def _absence(folder: Path, collection: str) -> str:
@@ -298,4 +376,4 @@ def _is_utf8(name: str) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split())[:200] or type(error).__name__

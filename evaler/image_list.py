@@ -26,8 +26,8 @@ class Files(Protocol):
     def read(self, index: int) -> bytes:
         """The file's bytes. Raises `ImageError`."""
 
-    def sizes(self) -> np.ndarray:
-        """Bytes of every file, int64 [N]; -1 for one that is missing."""
+    def stat(self) -> np.ndarray:
+        """Of every file, int64 [N, 4]: bytes (-1: it is missing), times of change of content and status, inode."""
 
 
 class ImageList:
@@ -52,12 +52,16 @@ class ImageList:
         """The bytes of the image's file. Raises `ImageError` for one that cannot be read."""
         return self._files.read(index)
 
-    def sha256(self, *, missing_ok: bool = False) -> str:
-        """Of names, boxes and file sizes, so that it changes with the list and (nearly always) with the pictures.
+    def stat(self) -> np.ndarray:
+        """What the file system tells of every file, int64 [N, 4]: bytes (-1: missing), mtime_ns, ctime_ns, inode."""
+        return self._files.stat()
+
+    def sha256(self, *, missing_ok: bool = False, stat: np.ndarray | None = None) -> str:
+        """Of names, boxes and file sizes (those of `stat`, if it is given): the same wherever a copy of them lies.
 
         Raises `ImageError` for files that are missing; with `missing_ok` their size is -1.
         """
-        sizes = self._files.sizes()
+        sizes = (self.stat() if stat is None else stat)[:, 0]
         missing = np.flatnonzero(sizes < 0)
         if len(missing) and not missing_ok:
             first = self.source(int(missing[0]))
@@ -82,19 +86,22 @@ class LooseFiles:
     def read(self, index: int) -> bytes:
         return read_file(self.source(index))
 
-    def sizes(self) -> np.ndarray:
+    def stat(self) -> np.ndarray:
         starts = range(0, len(self._names), BLOCK)
         if len(starts) < 2:
-            return np.array(self._sizes(0), np.int64)
+            return self._stat(0)
         with ThreadPoolExecutor(THREADS) as threads:
-            return np.concatenate([np.array(sizes, np.int64) for sizes in threads.map(self._sizes, starts)])
+            return np.concatenate(list(threads.map(self._stat, starts)))
 
-    def _sizes(self, start: int) -> list[int]:
-        return [_size(self.source(index)) for index in range(start, min(start + BLOCK, len(self._names)))]
+    def _stat(self, start: int) -> np.ndarray:
+        stop = min(start + BLOCK, len(self._names))
+        return np.array([stat(self.source(index)) for index in range(start, stop)], np.int64).reshape(-1, 4)
 
 
-def _size(path: str) -> int:
+def stat(path: str) -> tuple[int, int, int, int]:
+    """Bytes, times of change of content and status (ns), inode; -1 and zeros for a file that is missing."""
     try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):  # a name with a zero byte
-        return -1
+        found = os.stat(path)
+    except (OSError, ValueError):  # the latter for a NUL in the path
+        return -1, 0, 0, 0
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & (2**63 - 1)

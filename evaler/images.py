@@ -125,10 +125,15 @@ def _compressed(path: Path) -> ImageError:
     )
 
 
-def read_cropped(images: ImageList, index: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode an image and cut its box out: uint8 [H, W, 3] BGR. Raises `ImageError`."""
+def read_cropped(
+    images: ImageList, index: int, *, max_pixels: int = MAX_PIXELS, data: bytes | None = None
+) -> np.ndarray:
+    """Decode an image (`data`, if its bytes are read already) and cut its box out: uint8 [H, W, 3] BGR.
+
+    Raises `ImageError`.
+    """
     source, box = images.source(index), images.box(index)
-    image = crop(decode(source, images.read(index), max_pixels=max_pixels), box)
+    image = crop(decode(source, images.read(index) if data is None else data, max_pixels=max_pixels), box)
     if image.size == 0:
         raise ImageError(f"{source}: the query's box {box} lies outside the picture")
     return image

@@ -8,7 +8,7 @@ from core.config import load_cfg
 from core.environment import entry_point
 from evaler import faiss_index, milvus_index
 from evaler.arguments import find_collection
-from evaler.features import Features, FeaturesError, load, read_manifest, some, write
+from evaler.features import Features, FeaturesError, load, read_manifest, read_records, some, write
 from evaler.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, differing_keys
 
 
@@ -18,7 +18,8 @@ def add(folder: Path, collection: str, other: Path) -> int:
     Names and descriptors stay together; a process that is killed leaves the old collection, or none that counts as
     whole. Raises `FeaturesError` for names that both have, and for descriptors made in another way.
     """
-    one, two = load(folder, collection), load(*find_collection(other))
+    other_place = find_collection(other)
+    one, two = load(folder, collection), load(*other_place)
     check_alike(str(folder), one, str(other), two, but=(*LIST_KEYS, *MACHINE_KEYS))
     differing = differing_keys(one.provenance, two.provenance, but=LIST_KEYS)
     if differing:
@@ -34,9 +35,12 @@ def add(folder: Path, collection: str, other: Path) -> int:
     provenance = one.provenance | {"list_sha256": "+".join(map(str, lists))}
     behind = len(one.names) + len(one.rejected)  # where the second list begins
     rejected = [entry._replace(index=entry.index + behind) for entry in two.rejected]
+    records = [read_records(*place, read_manifest(*place)) for place in ((folder, collection), other_place)]
+    if differing:
+        records[1] = None  # an extraction that takes descriptors over from this set must not take these
     parts = [
-        Features(f.names, f.vectors, f.sizes, provenance, reasons, f.machines)
-        for f, reasons in ((one, one.rejected), (two, rejected))
+        Features(f.names, f.vectors, f.sizes, provenance, reasons, f.machines, known)
+        for f, reasons, known in zip((one, two), (one.rejected, rejected), records, strict=True)
     ]
     count = len(one.names) + len(two.names)
     if (one.dtype, two.dtype) == ("float16", "float32"):

@@ -1,7 +1,8 @@
 """Pictures in the order of a list, decoded ahead of the network and put together by size."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ class Picture:
     index: int
     pixels: Tensor
     size: tuple[int, int]
+    sha256: bytes = b""  # of the file, as read; empty if it cannot be
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Broken:
 
     index: int
     reason: str
+    sha256: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ class Encoded:
     index: int
     data: Tensor
     orientation: int  # EXIF's
+    sha256: bytes = b""
+
+
+_Item = Picture | Broken | Encoded
 
 
 class Pictures(Dataset):
@@ -84,15 +91,24 @@ class Pictures(Dataset):
         self.images, self.limits, self.on_gpu = images, limits, on_gpu
 
     def __getitem__(self, index: int) -> Picture | Broken | Encoded:
+        return self._hashed(index, self._encoded_or_decoded)
+
+    def _hashed(self, index: int, make: Callable[[int, bytes], _Item]) -> _Item:
+        try:
+            data = self.images.read(index)
+        except ImageError as error:
+            return self._broken(index, error)
+        return replace(make(index, data), sha256=hashlib.sha256(data).digest())
+
+    def _encoded_or_decoded(self, index: int, data: bytes) -> _Item:
         if self.on_gpu is not None:
             try:
-                data = self.images.read(index)
                 file = ImageFile(self.images.source(index), data, max_pixels=self.limits.max_pixels)
             except ImageError as error:
                 return self._broken(index, error)
             if file.orientation is not None:
                 return Encoded(index, torch.frombuffer(bytearray(data), dtype=torch.uint8), file.orientation)
-        return self._decoded_here(index)
+        return self._decoded_here(index, data)
 
     def picture(self, index: int) -> Picture:
         """Image i, decoded here and now. Raises `ImageError` if it cannot be described."""
@@ -101,9 +117,9 @@ class Pictures(Dataset):
             raise ImageError(f"{self.images.source(index)}: {item.reason}")
         return item
 
-    def _decoded_here(self, index: int) -> Picture | Broken:
+    def _decoded_here(self, index: int, data: bytes) -> Picture | Broken:
         try:
-            image = read_cropped(self.images, index, max_pixels=self.limits.max_pixels)
+            image = read_cropped(self.images, index, max_pixels=self.limits.max_pixels, data=data)
         except ImageError as error:
             return self._broken(index, error)
         return self._picture(index, image)
@@ -121,11 +137,13 @@ class Pictures(Dataset):
         except torch.OutOfMemoryError:  # which decoder makes the pixels must not depend on it
             raise
         except RuntimeError:  # nvJPEG does not know every kind: libjpeg decodes this one, or says what is wrong
-            return self._decoded_here(item.index)
+            return self._hashed(item.index, self._decoded_here)
         image = crop(upright_bgr(stored, item.orientation), self.images.box(item.index))
         if 0 in image.shape:
-            return Broken(item.index, f"the query's box {self.images.box(item.index)} lies outside the picture")
-        return self._picture(item.index, image)
+            return Broken(
+                item.index, f"the query's box {self.images.box(item.index)} lies outside the picture", item.sha256
+            )
+        return replace(self._picture(item.index, image), sha256=item.sha256)
 
     def _picture(self, index: int, image: np.ndarray | Tensor) -> Picture | Broken:
         height, width = image.shape[:2]

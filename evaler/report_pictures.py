@@ -105,7 +105,7 @@ def _jpegs(
     if errors:
         notes.append(f"{len(errors)} of {len(found)} {what} have no picture here: {errors[0]}")
     if absent:
-        notes.append(f"{absent} of {len(found)} {what} are no longer in the list of images")
+        notes.append(f"{absent} of {len(found)} {what} have no picture: they came by index.py --add, or are gone since")
     return [base64.b64encode(one).decode() if isinstance(one, bytes) else None for one in found]
 
 

@@ -5,6 +5,7 @@ import os
 import numpy as np
 
 from datasets.image import MAX_BYTES, ImageError, too_many_bytes
+from evaler.image_list import stat
 from evaler.tar_index import Archive, TarIndex
 
 
@@ -26,8 +27,12 @@ class TarFiles:
     def source(self, index: int) -> str:
         return f"{self._archive(index).path}: {self._index.names[index]}"
 
-    def sizes(self) -> np.ndarray:
-        return self._index.sizes
+    def stat(self) -> np.ndarray:
+        """Of a member its size, and else what is told of its archive."""
+        of_archives = np.array([stat(archive.path) for archive in self._index.archives], np.int64).reshape(-1, 4)
+        of_members = np.repeat(of_archives, [archive.images for archive in self._index.archives], axis=0)
+        of_members[:, 0] = self._index.sizes
+        return of_members
 
     def read(self, index: int) -> bytes:
         archive, size = self._archive(index), int(self._index.sizes[index])

@@ -110,7 +110,9 @@ class Place:
 
     def check(self, expected: str) -> None:
         folder = self.folder / "out" / "features" / "list"
-        assert sorted(path.name for path in folder.iterdir()) == ["images.json", "images.npy", "images.tsv"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            f"images.{s}" for s in ("files", "json", "npy", "tsv")
+        ]
         assert sha256_file(folder / "images.npy") == expected
         lines = (folder / "images.tsv").read_text().splitlines()
         assert [line.split("\t")[0] for line in lines] == self.names

@@ -227,7 +227,7 @@ class Payload:
     [
         ({"npy": np.ones((2, 5), np.float32)}, r"not an array of shape \(2, 4\)"),
         ({"npy": np.ones((3, 4), np.float32)}, r"not an array of shape \(2, 4\)"),
-        ({"npy": np.ones((3, 4), np.float32), "count": 3}, "2 names need float32"),
+        ({"npy": np.ones((3, 4), np.float32), "count": 3, "images": 3}, "2 names need float32"),
         ({"npy": np.ones((2, 4))}, "need float32"),
         ({"npy": np.float32([[1, 1, 1, 1], [1, np.inf, 1, 1]])}, "the descriptor of b is not finite"),
         ({"npy": np.full((2, 4), Payload(), object)}, "not an array of numbers: "),

@@ -1,0 +1,55 @@
+"""JSON that others may have written, read within bounds."""
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+
+MOST_BYTES = 2**30
+MOST_DEPTH = 16
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file. Raises `ValueError` for another kind or more bytes, `OSError` as opening does."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # or a pipe hangs
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > most:
+            raise ValueError(f"{status.st_size} bytes, more than {most}")
+        return file.read()
+
+
+def parse(data: bytes) -> object:
+    """A value of JSON whose numbers are finite and fit 64 bits, whose texts are UTF-8, and that nests 16 deep at most.
+
+    Raises `ValueError` for anything else.
+    """
+    try:
+        value = json.loads(data.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    _check(value)
+    return value
+
+
+def _check(value: object) -> None:
+    level, depth = [value], 0
+    while level:
+        if (depth := depth + 1) > MOST_DEPTH:
+            raise ValueError("nested too deeply")
+        inner: list = []
+        for item in level:
+            if isinstance(item, str):
+                item.encode()  # UnicodeEncodeError, a ValueError, for half of a pair of surrogates
+            elif isinstance(item, float) and not math.isfinite(item):
+                raise ValueError("a number that is not finite")
+            elif isinstance(item, int) and not -(2**63) <= item < 2**63:
+                raise ValueError("a number of more than 64 bits")
+            elif isinstance(item, list):
+                inner += item
+            elif isinstance(item, dict):
+                inner += item.keys()
+                inner += item.values()
+        level = inner
