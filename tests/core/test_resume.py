@@ -15,6 +15,7 @@ from core.config import load_cfg
 from core.optimizer import build_adamw, build_sgd, parameter_groups
 from core.position import Position
 from core.resume import restore, state_of
+from model.margin import CosineHead
 from model.weights import WeightsError
 
 CPU = torch.device("cpu")
@@ -360,6 +361,21 @@ def test_the_state_is_laid_out_as_its_parameter(cfg):
     assert steps(other, another, seed=2) == steps(model, optimizer, seed=2)
     for (_, got), (_, want) in zip(other.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(got, want)
+
+
+def test_saving_leaves_the_optimizer_as_it_is(cfg, trained, monkeypatch):
+    """Of a sharded head the first process gathers all rows, the others get nothing; each trains on with its own."""
+    model, optimizer = trained
+    model.desc_cls = CosineHead(3, 4, scale=1.0)
+    optimizer.add_param_group({"params": [("desc_cls.weight", model.desc_cls.weight)]})
+    optimizer.state[model.desc_cls.weight]["momentum_buffer"] = torch.ones(4, 3)
+    before = {id(p): dict(entry) for p, entry in optimizer.state.items()}
+    monkeypatch.setattr(model.desc_cls, "gather", lambda rows: None)
+    content = state_of(cfg, model, optimizer, at(1))
+    assert content["optimizer_state"]["state"][6] == {"momentum_buffer": None}
+    assert content["model_state"]["desc_cls.weight"] is None
+    for p, entry in optimizer.state.items():
+        assert all(value is before[id(p)][name] for name, value in entry.items())
 
 
 def test_a_changed_setting_that_only_a_beginning_run_reads_is_not_said_to_count(cfg, trained, tmp_path):
