@@ -337,10 +337,17 @@ def _opener() -> urllib.request.OpenerDirector:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
-        return " ".join(f"the server answers {error.code} {error.reason}".split())[:300]
+        return "the server answers " + " ".join(f"{error.code} {error.reason}".split())[:300]
     if isinstance(error, urllib.error.URLError):
         error = error.reason
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
+        return "what answers is no web server"
+    if isinstance(error, http.client.IncompleteRead):
+        return "the connection ended too early; run again to go on"
+    if isinstance(error, TimeoutError):
+        return f"{error}; run again to go on"
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    return text if text.isprintable() else ascii(text)
 
 
 @entry_point

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def downloader(sandbox, file_server):
     """The sandbox with the real interpreter and download code, and a server in place of the published address."""
     (sandbox.root / "core").mkdir()
-    for name in ("__init__.py", "download.py", "environment.py"):
-        shutil.copy(ROOT / "core" / name, sandbox.root / "core")
+    for path in (ROOT / "core").glob("*.py"):
+        shutil.copy(path, sandbox.root / "core")
     sandbox.env |= {"PYTHON": sys.executable, "PYCLS_BASE_URL": file_server.url, "no_proxy": "127.0.0.1"}
     return sandbox
 
