@@ -62,8 +62,12 @@ _FLAGS = {
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 _READERS = {"BMP": read_bmp, "PNG": read_png, "TIFF": lambda data: Tiff(data).size, "WebP": read_webp}
-# After these libjpeg goes on although pixels are missing or wrong. A few bytes too many before a marker do no harm.
-_DAMAGE = re.compile(r"premature end|bad Huffman code|instead of RST|\d{3} extraneous", re.IGNORECASE)
+# After these libjpeg goes on although pixels are missing or wrong, at the last two where it is not asked for the end of
+# the file, as by OpenCV. A few bytes too many before a marker do no harm.
+_DAMAGE = re.compile(
+    r"premature end|bad Huffman code|instead of RST|\d{3} extraneous|unsupported marker type|more than one scan",
+    re.IGNORECASE,
+)
 _MARK = np.random.default_rng(0).integers(0, 256, (_MAX_SIDE, 3), np.uint8)  # a row that no image has
 # EXIF's orientation -> (transpose?, mirror), to be applied in this order; the mirror is cv2.flip's.
 TURNS = {2: (False, 1), 3: (False, -1), 4: (False, 0), 5: (True, None), 6: (True, 1), 7: (True, -1), 8: (True, 0)}

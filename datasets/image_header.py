@@ -7,6 +7,8 @@ files of their own. Own code rather than a library's, since it must see what Ope
 from typing import NamedTuple
 
 FORMATS = "JPEG, PNG, BMP, WebP or TIFF"
+# Of pixels in a PNG or TIFF when decompressed, which takes 4 s: 8192 x 8192 of three 16-bit channels, and filters.
+MOST_DECOMPRESSED = 3 * 2**27 + 2**17
 
 
 class ImageError(ValueError):
@@ -18,6 +20,11 @@ class Size(NamedTuple):
 
     height: int
     width: int
+
+
+def check_decompressed(total: int) -> None:
+    if total > MOST_DECOMPRESSED:
+        raise ImageError(f"{total} bytes when decompressed, more than {MOST_DECOMPRESSED} (mend: make it smaller)")
 
 
 # What people have under the name of a photograph: first bytes, and what to call it.

@@ -8,7 +8,7 @@ without animations shows.
 import re
 import zlib
 
-from datasets.image_header import ImageError, Size
+from datasets.image_header import ImageError, Size, check_decompressed
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MOST_CHUNKS = 100_000
@@ -84,6 +84,7 @@ def _rows(size: Size, bits: int, *, interlaced: bool) -> list[tuple[int, int]]:
 def _check_pixels(parts: list[memoryview], passes: list[tuple[int, int]]) -> None:
     """Decompress without keeping: the right number of bytes, the right checksum, known filters."""
     expected, found = sum(rows * stride for rows, stride in passes), 0
+    check_decompressed(expected)
     inflate = zlib.decompressobj()
     try:
         for part in parts:

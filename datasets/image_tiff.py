@@ -9,13 +9,11 @@ others (LZW, JPEG, PackBits, fax) damage is not detected.
 import zlib
 from collections.abc import Sequence
 
-from datasets.image_header import ImageError, Size
+from datasets.image_header import ImageError, Size, check_decompressed
 
 _LENGTHS = {1: 1, 3: 2, 4: 4}  # BYTE, SHORT, LONG
 _MOST_VALUES = 2**20  # of one tag: strips or tiles
 _MOST_STRIP_BYTES = 3 * 2**26  # libtiff takes four times as much
-# Of all strips or tiles together when decompressed, at least 3 a pixel, with what tiles have beyond the picture's edges
-_MOST_BYTES = 3 * 2**27
 _BLOCK = 2**20
 _PLAIN, _DEFLATED = 1, (8, 32946)
 _COMPRESSIONS = (_PLAIN, *_DEFLATED, 2, 3, 4, 5, 7, 32773)  # fax, LZW, JPEG, PackBits
@@ -71,6 +69,7 @@ class Tiff:
             raise ImageError(f"a TIFF in pieces of no or more than {_MOST_STRIP_BYTES} bytes, not supported")
         pieces = across * -(-self.size.height // rows)
         self._pieces = pieces * self._planes
+        # At least 3 bytes a pixel, with what tiles have beyond the picture's edges.
         self._total = pieces * rows * max(self._planes * self._row_bytes, 3 * columns)
 
     def check_pixels(self) -> None:
@@ -96,10 +95,7 @@ class Tiff:
             raise ImageError(f"damaged TIFF ({len(self._starts)} strips or tiles, where its size needs {self._pieces})")
         if sum(self._lengths) > len(self._data):
             raise ImageError("damaged TIFF (its strips or tiles overlap)")
-        if self._total > _MOST_BYTES:
-            raise ImageError(
-                f"a TIFF of {self._total} bytes when decompressed, more than {_MOST_BYTES} (mend: make it smaller)"
-            )
+        check_decompressed(self._total)
 
 
 def _inflates_to(deflated: memoryview, expected: int) -> bool:
@@ -141,4 +137,4 @@ def _first_directory(data: bytes) -> dict[int, Sequence[int]]:
 
 
 def _listed(numbers: set[int]) -> str:
-    return ", ".join(str(number) for number in sorted(numbers))
+    return ", ".join([*(str(number) for number in sorted(numbers)[:4]), *(["..."] if len(numbers) > 4 else [])])

@@ -111,9 +111,9 @@ def _read(archive: Archive, names: list[str], offsets: array, sizes: array, adva
                 elif not member.isreg():
                     links += 1
                 elif member.issparse():
-                    raise ImageError(f"{path}: {member.name!a} is stored as a sparse file; pack without --sparse")
+                    raise ImageError(f"{path}: {member.name[:200]!a} is stored as a sparse file; pack without --sparse")
                 elif member.offset_data + member.size > archive.size:
-                    raise _damaged(path, f"{member.name!a} has {member.size} bytes")
+                    raise _damaged(path, f"{member.name[:200]!a} has {member.size} bytes")
                 else:
                     names.append(_member_name(path, member))
                     offsets.append(member.offset_data)
@@ -160,7 +160,7 @@ def _member_name(path: str, member: tarfile.TarInfo) -> str:
     try:
         return checked_name(member.name)
     except ValueError as error:
-        raise ImageError(f"{path}: {member.name!a} {error}") from None
+        raise ImageError(f"{path}: {member.name[:200]!a} {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- keeping

@@ -156,6 +156,8 @@ def _jpegs() -> list[Kind]:
             ("behind-thumbnail", with_thumbnail, with_thumbnail.index(thumbnail) + len(thumbnail)),
         )
     ]
+    cmyk = flat_jpeg(240, 160, components=4)
+    inside = len(cmyk) - 300
     taller = plain[: frame + 5] + struct.pack(">H", 200) + plain[frame + 7 :]
     flatter = plain[: frame + 5] + struct.pack(">H", 20) + plain[frame + 7 :]
     return [
@@ -185,6 +187,8 @@ def _jpegs() -> list[Kind]:
             heavy=True,
         ),
         _file("cmyk.jpg", flat_jpeg(24, 16, components=4), pixels=flat(16, 24, 65)),  # 128 - ((255 - 128) * 128 >> 8)
+        _file("unknown-marker-inside.jpg", cmyk[:inside] + b"\xff\x08" + cmyk[inside:], "damaged JPEG"),
+        _file("second-scan-inside.jpg", cmyk[:inside] + cmyk[cmyk.index(b"\xff\xda") :], "damaged JPEG"),
         _file("turned-with-thumbnail.jpg", with_thumbnail, pixels=np.rot90(pixels, -1)),
         _file("orientation-99.jpg", plain[:2] + exif(99) + plain[2:], pixels=pixels),
         _file("trailing-garbage.jpg", plain + b"\xff\xd8\xff written by a camera", pixels=pixels),
@@ -240,6 +244,11 @@ def _pngs() -> list[Kind]:
         _file("announces-60000.png", png(60_000, 60_000, zlib.compress(bytes(999))), "60000 x 60000 pixels"),
         _file("bomb-20000.png", png(20_000, 20_000, zeros(20_000 * 60_001)), "20000 x 20000 pixels, more than 67"),
         _file("inflates-to-a-gigabyte.png", png(16, 16, zeros(10**9)), "more pixels than its header"),
+        _file(
+            "largest-of-16-bits-and-alpha.png",
+            png(8192, 8192, zeros(8192 * 65_537), depth=16, colour=6),
+            "536879104 bytes when decompressed",
+        ),
         _file("one-row-too-wide.png", png(70_000, 1, zeros(210_001)), "70000 x 1 pixels, more than 65500 a side"),
         _file("one-column.png", png(1, 65_000, zeros(4 * 65_000)), pixels=flat(65_000, 1, 0)),
         _file("largest.png", png(8192, 8192, zeros(8192 * 24_577)), pixels=flat(8192, 8192, 0), heavy=True),
@@ -359,6 +368,7 @@ def _tiffs() -> list[Kind]:
             changed({322: [2**31], 323: [2**31], 324: [8], 325: [100]}),
             "pieces of no or more than 201326592 bytes",
         ),
+        _file("bits-without-number.tif", changed({258: list(range(9000))}), "^a TIFF with .{40,100}, not supported"),
         _file("float.tif", changed({258: [32] * 3, 339: [3] * 3}), "32 bits, format 3, .*not supported"),
         _file("signed.tif", changed({339: [2] * 3}), "8 bits, format 2, .*not supported"),
         _file("lab.tif", changed({262: [8]}), "colour space 8, not supported"),
