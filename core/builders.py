@@ -155,7 +155,8 @@ def build_test_loader(cfg: CfgNode) -> ImageLoader | None:
 
 def _loader(cfg: CfgNode, dataset: LandmarkDataset, batches: TrainBatches | TestBatches) -> ImageLoader:
     pin_memory = cfg.DATA_LOADER.PIN_MEMORY and cfg.NUM_GPUS > 0
-    return make_loader(dataset, batches, workers=cfg.DATA_LOADER.NUM_WORKERS, pin_memory=pin_memory)
+    workers, timeout = cfg.DATA_LOADER.NUM_WORKERS, cfg.DATA_LOADER.TIMEOUT
+    return make_loader(dataset, batches, workers=workers, pin_memory=pin_memory, timeout=timeout)
 
 
 def batches_on_device(loader: ImageLoader, device: torch.device) -> DeviceBatches:

@@ -112,6 +112,7 @@ _C.DATA_LOADER.NUM_WORKERS = 4  # loader processes for each training process
 _C.DATA_LOADER.MODE = "exact"  # exact: the published arithmetic | fast: uint8 resizing, the rest on the device
 _C.DATA_LOADER.SKIP_BROKEN = 0  # so many unreadable images may be replaced by the next of the list; 0: stop at once
 _C.DATA_LOADER.PIN_MEMORY = True  # page-locked batches, for faster copies to the GPU
+_C.DATA_LOADER.TIMEOUT = 60.0  # seconds until an image that a worker has not finished ends the run; 0: never
 
 # ----------------------------------------------------------------------------------------------------- extraction
 _C.INFER = CfgNode()

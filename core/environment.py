@@ -51,9 +51,8 @@ def ending(error: Exception) -> tuple[int, str] | None:
         return USER_ERROR_EXIT_CODE, missing
     if isinstance(error, FloatingPointError):  # a loss that is not finite
         return FAILURE_EXIT_CODE, str(error)
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # PyTorch's words
-        reason = " ".join(str(error).split()).rstrip(". ")
-        return FAILURE_EXIT_CODE, f"{reason}; short of memory? use fewer workers. Run this again to go on"
+    if isinstance(error, ChildProcessError) and error.errno is None:  # a loader worker that was killed, say
+        return FAILURE_EXIT_CODE, str(error)
     return None
 
 

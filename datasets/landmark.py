@@ -6,19 +6,19 @@ the label is what follows the last white space.
 
 import os
 import re
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import cv2
 import numpy as np
-import torch
 from numpy.random import PCG64, Generator, SeedSequence
-from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
 
-from datasets.batch_memory import BatchMemory
+from datasets.batch_memory import Slot, WorkerMemory
 from datasets.image import ImageError, ImageFile
 from datasets.missing import missing_files
 from datasets.normalisation import note_on_path
+
+if TYPE_CHECKING:  # loader workers do without PyTorch
+    from torch import Tensor
 
 _MOST_REPLACED = 1000  # broken images in a row: then it is the disk that is broken
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -101,12 +101,16 @@ def check_files(list_file: str | os.PathLike, paths: list[str]) -> None:
 
 
 class Batch(NamedTuple):
-    """What the loader yields. Exact: images are normalised and `shift` is zero; fast: both are left to the device."""
+    """What the loader yields. Exact: images are normalised and `shift` is zero; fast: both are left to the device.
 
-    images: Tensor  # exact: float32 [B, 3, S, S] in channels_last order; fast: uint8 [B, S, S, 3] BGR
-    labels: Tensor  # int64 [B]
-    indices: Tensor  # int64 [B], lines of the list counted from 0
-    shift: Tensor  # float32 [B, 3] BGR, the lighting of pixels in 0..1
+    The data set makes arrays, all images [B, S, S, 3]; in a worker they may be a slot of its memory.
+    """
+
+    # Exact: float32 [B, 3, S, S] in channels_last order; fast: uint8 [B, S, S, 3] BGR.
+    images: "Tensor | np.ndarray | Slot"
+    labels: "Tensor | np.ndarray"  # int64 [B]
+    indices: "Tensor | np.ndarray"  # int64 [B], lines of the list counted from 0
+    shift: "Tensor | np.ndarray"  # float32 [B, 3] BGR, the lighting of pixels in 0..1
     broken: list[str]  # a line for every image that could not be read, with `skip_broken`
 
 
@@ -120,7 +124,7 @@ class Transform(Protocol):
         """Fill `out` [size, size, 3] of `dtype`, return the lighting still to be added, float32 [3]."""
 
 
-class LandmarkDataset(Dataset):
+class LandmarkDataset:
     """Batches of samples of a list file, each addressed by `(epoch, index)`, or `index` where nothing is random.
 
     A sample is a function of (seed, epoch, index) and of nothing else, so ranks and workers change nothing. An image
@@ -147,21 +151,25 @@ class LandmarkDataset(Dataset):
         paths, self.labels = read_list(list_file, root=root, num_classes=num_classes)
         if check:
             check_files(list_file, paths)
-        # One block of bytes instead of 1.58 million strings: counting references to a string writes to it, and would
-        # copy the page it lies on into every worker.
+        # One block of bytes instead of 1.58 million strings: it is handed to the workers in no time, and counting
+        # references to a string writes to it, which would copy the page it lies on into every worker.
         encoded = [os.fsencode(path) for path in paths]
         self._paths = b"".join(encoded)
         self._offsets = np.cumsum([0, *map(len, encoded)])
         self._list_file, self._transform, self._seed, self._skip_broken = list_file, transform, seed, skip_broken
-        self._memory: BatchMemory | None = None
+        self.worker: WorkerMemory | None = None  # that of the worker which this is in
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def use_batch_memory(self, *, workers: int, batch_size: int) -> None:
-        """Let this many workers, which are not forked yet, hand over their batches in memory that stays."""
-        image = 3 * self._transform.size**2 * np.dtype(self._transform.dtype).itemsize
-        self._memory = BatchMemory(workers=workers, size=batch_size * image)
+    @property
+    def image_bytes(self) -> int:
+        """Of an image in a batch."""
+        return 3 * self._transform.size**2 * np.dtype(self._transform.dtype).itemsize
+
+    def source(self, index: int) -> str:
+        """What messages call an image."""
+        return self.path(index)
 
     def path(self, index: int) -> str:
         """The path of sample `index`, root included."""
@@ -173,10 +181,9 @@ class LandmarkDataset(Dataset):
         return self.__getitems__([key])
 
     def __getitems__(self, keys: list[int | tuple[int, int]]) -> Batch | ImageError:
-        """The batch of these keys; PyTorch's loader calls this. Its images are [B, S, S, 3], as they lie in memory."""
+        """The batch of these keys."""
         shape, dtype = (len(keys), self._transform.size, self._transform.size, 3), self._transform.dtype
-        worker = get_worker_info()
-        slot = self._memory.take(worker.id, shape, dtype) if worker and self._memory else None
+        slot = self.worker.take(shape, dtype) if self.worker else None
         pixels = slot.array() if slot else np.empty(shape, dtype)
         indices, shifts, broken = [], [], []
         for out, key in zip(pixels, keys, strict=True):
@@ -188,14 +195,15 @@ class LandmarkDataset(Dataset):
                 return sample
             indices.append(sample[0])
             shifts.append(sample[1])
-        labels, shift = torch.from_numpy(self.labels[indices]), torch.from_numpy(np.stack(shifts))
-        return Batch(slot or torch.from_numpy(pixels), labels, torch.tensor(indices), shift, broken)
+        return Batch(slot or pixels, self.labels[indices], np.array(indices), np.stack(shifts), broken)
 
     def _write(self, epoch: int, index: int, out: np.ndarray, broken: list[str]) -> tuple[int, np.ndarray] | ImageError:
         """Fill `out` with sample `index` or what stands in for it; return the index that it is, and its lighting."""
         tries = min(len(self), _MOST_REPLACED) if self._skip_broken else 1
         for candidate in range(index, index + tries):
             candidate %= len(self)
+            if self.worker:
+                self.worker.begin(candidate)
             rng = Generator(PCG64(SeedSequence([self._seed, epoch, candidate])))
             try:
                 return candidate, self._transform.write(ImageFile(self.path(candidate)), rng, out)

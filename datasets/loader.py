@@ -4,26 +4,18 @@ The order of an epoch is a function of (seed, epoch). Global batch b is entries 
 every rank takes a contiguous share of it: a run sees the same global batches on any number of devices.
 """
 
-import atexit
-import ctypes
-import signal
-import sys
-import weakref
-from collections.abc import Iterator
-from multiprocessing.util import Finalize
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-import cv2
 import numpy as np
 import torch
 from numpy.random import PCG64, Generator, SeedSequence
-from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets.image import ImageError
 from datasets.landmark import Batch, LandmarkDataset
+from datasets.workers import Workers
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
-_LAST_SECONDS = 60  # of a worker after SIGTERM: the run has saved and ended by then
+TIMEOUT = 60.0  # seconds that an image may take a worker
 SAMPLINGS = ("uniform", "class_balanced")
 
 
@@ -138,100 +130,93 @@ class TestBatches:
             yield list(self._indices[first : first + self.share])
 
 
-class ImageLoader(DataLoader):
-    """Yields a `Batch`. An image that cannot be read is raised here, in the main process, as the plain ImageError.
+class ImageLoader:
+    """Yields a `Batch` of tensors, or whatever items another data set makes, for every list of keys in `batches`.
 
-    An iteration may be abandoned anywhere: the next one begins where `set_epoch` says, also with workers, which first
-    finish the few batches that they have begun.
+    An image that cannot be read is raised here, in the main process, as the plain ImageError. An iteration may be
+    abandoned anywhere: the next one begins where `set_epoch` says, also with workers.
     """
 
-    _ends_with_process = False
+    def __init__(
+        self, dataset: object, batches: Iterable[list], *, workers: int, slot: int, pin_memory: bool, timeout: float
+    ) -> None:
+        self.dataset, self.batch_sampler, self.num_workers, self.pin_memory = dataset, batches, workers, pin_memory
+        self._slot, self._timeout = slot, timeout
+        self._workers: Workers | None = None
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        iterator = super().__iter__()  # the first time this starts the workers
-        if self.num_workers and not self._ends_with_process:
-            self._ends_with_process = True
-            # Before PyTorch's own atexit handler, after which it shuts nothing down. A process that multiprocessing has
-            # started does not come to atexit: there it is done before its queues close (priority 10).
-            atexit.register(_shut_down, weakref.ref(iterator))
-            Finalize(None, _shut_down, args=(weakref.ref(iterator),), exitpriority=100)
-        for batch in iterator:
-            if isinstance(batch, ImageError):
-                self.close()
-                raise batch
-            if isinstance(batch, Batch) and batch.images.is_floating_point():
-                batch = batch._replace(images=batch.images.permute(0, 3, 1, 2))
-            yield batch
+        items = map(_tensors, self._items())
+        if self.pin_memory:
+            items = self._pinned(items)
+        try:
+            for item in items:
+                if isinstance(item, ImageError):
+                    raise item
+                yield item
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """End the workers; another iteration starts new ones.
+        """End the workers; another iteration starts new ones."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
-        Left to the garbage collector with a traceback that holds them, workers are not told to stop and are waited for
-        in vain, 5 s each.
-        """
-        if self.num_workers and self._iterator is not None:
-            self._iterator._shutdown_workers()
-            self._iterator, self._ends_with_process = None, False
+    def _items(self) -> Iterator[object]:
+        if not self.num_workers:
+            return map(self.dataset.__getitems__, self.batch_sampler)
+        if self._workers is None:
+            self._workers = Workers(self.dataset, count=self.num_workers, slot=self._slot, limit=self._timeout)
+        return self._workers.map(self.batch_sampler)
+
+    def _pinned(self, items: Iterator[object]) -> Iterator[object]:
+        """In page-locked memory, the next one in a thread while the last is worked on."""
+        device = torch.cuda.current_device()
+        with ThreadPoolExecutor(1, "pin", _init_pinning, (device,)) as thread:
+            try:
+                following = thread.submit(_next_pinned, items)
+                while (item := following.result()) is not None:
+                    following = thread.submit(_next_pinned, items)
+                    yield item
+            except GeneratorExit:
+                raise  # the thread ends with the batch that it waits for
+            except BaseException:
+                if self._workers is not None:
+                    self._workers.interrupt()
+                raise
 
 
 def make_loader(
-    dataset: Dataset, batches: TrainBatches | TestBatches, *, workers: int, pin_memory: bool
+    dataset: object, batches: Iterable[list], *, workers: int, pin_memory: bool = False, timeout: float = TIMEOUT
 ) -> ImageLoader:
     """A loader over `batches`; `workers` processes live as long as it does, 0 loads in this process.
 
-    Workers are forked (on Linux), also where Python's own default is another: they share the path table instead of
-    copying it and start in milliseconds. CUDA being initialised does no harm: they use NumPy and OpenCV only and
-    never touch it.
+    `timeout`: seconds that an image may take a worker, 0: any time.
     """
-    fork = workers > 0 and sys.platform == "linux"
-    if fork and isinstance(dataset, LandmarkDataset):
-        dataset.use_batch_memory(workers=workers, batch_size=batches.share)
-    return ImageLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        collate_fn=_collate,
-        worker_init_fn=_init_worker,
-        multiprocessing_context="fork" if fork else None,
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # its base seed (unused) is not drawn from the global generator
-    )
+    slot = dataset.image_bytes * batches.share if isinstance(dataset, LandmarkDataset) else 0
+    return ImageLoader(dataset, batches, workers=workers, slot=slot, pin_memory=pin_memory, timeout=timeout)
 
 
-def _collate(samples: Batch | ImageError | list) -> object:
-    """A LandmarkDataset makes whole batches; the samples of any other set are put together as usual."""
-    return default_collate(samples) if isinstance(samples, list) else samples
+def _tensors(item: object) -> object:
+    if not isinstance(item, Batch):
+        return item
+    images, *others = map(torch.from_numpy, item[:4])
+    return Batch(images.permute(0, 3, 1, 2) if images.is_floating_point() else images, *others, item.broken)
 
 
-def _shut_down(reference: weakref.ref) -> None:
-    # After Ctrl-C or an error. PyTorch by itself may leave this to the end of the interpreter, where threads no longer
-    # run: workers are then not told to stop, are waited for in vain (5 s each) and print tracebacks of broken pipes.
-    iterator = reference()
-    if iterator is not None:
-        iterator._shutdown_workers()
+def _init_pinning(device: int) -> None:
+    torch.set_num_threads(1)
+    torch.cuda.set_device(device)  # a new thread's is the first, where this process has nothing to do
 
 
-def _init_worker(worker: int) -> None:
-    # Ctrl-C, and SIGTERM from SLURM, reach the whole process group: the main process handles them and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _outlive_once)
-    if sys.platform == "linux":  # nobody is left to end a worker whose main process was killed
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # One thread a worker (PyTorch sets its own count to 1). 0 switches OpenCV's thread pool off; any other number
-    # would first wait for the pool's threads to end, which a forked process does not have: it hangs.
-    cv2.setNumThreads(0)
-    _keep_memory()
-
-
-def _outlive_once(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_DFL)  # the next one may come from the main process, to end a worker that hangs
-    signal.alarm(_LAST_SECONDS)  # or this one did
-
-
-def _keep_memory() -> None:
-    # glibc gives the memory of every large array back to the kernel when it is freed, and the next one costs a fault
-    # and a cleared page for each 4 KiB: more time than all arithmetic of a sample. 32 MiB is the most it allows.
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+def _next_pinned(items: Iterator[object]) -> object | None:
+    item = next(items, None)
+    if not isinstance(item, Batch):
+        return item
+    return item._replace(**{name: getattr(item, name).pin_memory() for name in ("images", "labels", "shift")})

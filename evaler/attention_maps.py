@@ -12,9 +12,8 @@ from core.environment import sha256_file
 from datasets.image import MAX_PIXELS
 from datasets.transforms import preprocess
 from evaler.describer import settings_of
-from evaler.image_list import ImageList
-from evaler.images import read_cropped
-from evaler.multiscale import MAX_LEVEL_PIXELS, reduce_to_fit
+from evaler.fitting import MAX_LEVEL_PIXELS, reduce_to_fit
+from evaler.image_list import ImageList, read_cropped
 from model.dolg import DOLG
 
 

@@ -14,7 +14,8 @@ from core.config import get_cfg, load_cfg
 from core.download import local_path
 from core.saved_settings import network_settings, read_saved
 from datasets.image import ImageError, decode
-from evaler.multiscale import check_lengths, describe_batch, reduce_to_fit
+from evaler.fitting import reduce_to_fit
+from evaler.multiscale import check_lengths, describe_batch
 from model.inference import for_inference
 from model.weights import architecture, normalise_names, read_checkpoint
 

@@ -19,13 +19,11 @@ from core.environment import code_version, entry_point, sha256_file
 from core.output import check_writable
 from core.terminal import work_goes_on
 from evaler.exports import export
-from evaler.extraction_job import Job
+from evaler.extraction_job import Job, batch_size_of
 from evaler.gpu_jpeg import nvjpeg
 from evaler.images import DISTRACTORS, ImageList, distractors, named_images, revisited_set
 from evaler.join import discard
 from model.inference import for_inference
-
-GPU_BATCH_SIZE = 8  # where the configuration leaves it open
 
 
 @entry_point
@@ -90,7 +88,7 @@ def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
     for note in notes:
         print(note)
     network = network.to("cuda" if gpu else "cpu", memory_format=torch.channels_last).eval()
-    batch_size = cfg.INFER.BATCH_SIZE or (GPU_BATCH_SIZE if gpu else 1)
+    batch_size = batch_size_of(cfg, gpu=gpu)
     provenance = {
         "weights": str(path),
         "weights_sha256": sha256_file(path),

@@ -36,7 +36,9 @@ from evaler.multiscale import describe_batch
 from evaler.pictures import Broken, Limits, Picture, Pictures, by_size, decoded
 from evaler.provenance import PLACES, differing_keys
 
-GPU_WORKERS = 4  # where the configuration leaves it open
+# Where the configuration leaves it open.
+GPU_WORKERS = 4
+GPU_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +84,7 @@ class Job:
 
     @property
     def workers(self) -> int:
-        if self.cfg.INFER.NUM_WORKERS >= 0:
-            return self.cfg.INFER.NUM_WORKERS
-        return GPU_WORKERS if self.plan.provenance["device"] == "GPU" else 0
+        return workers_of(self.cfg, gpu=self.plan.provenance["device"] == "GPU")
 
     @property
     def folder(self) -> Path:
@@ -198,7 +198,7 @@ class Job:
     ) -> None:
         indices = (index for number in held for index in self.plan.rows(number) if index not in held[number])
         pictures = Pictures(self.images, self.limits, on_gpu=nvjpeg() if self.cfg.INFER.GPU_JPEG else None)
-        stream = decoded(pictures, indices, workers=self.workers)
+        stream = decoded(pictures, indices, workers=self.workers, timeout=self.cfg.DATA_LOADER.TIMEOUT)
         with contextlib.closing(stream):
             for number, same in held.items():
                 self._write(number, self._content(self.plan.rows(number), stream, same, counter), stack)
@@ -319,6 +319,16 @@ class Job:
         rejected = len(read_manifest(self.parent, self.plan.collection)["rejected"])
         others = f", {rejected} images are rejected and listed in {path}" if rejected else ""
         return f"{self.title}: {len(self.images) - rejected} descriptors are in {self.parent}{others}"
+
+
+def workers_of(cfg: CfgNode, *, gpu: bool) -> int:
+    """Processes that decode, INFER.NUM_WORKERS."""
+    return cfg.INFER.NUM_WORKERS if cfg.INFER.NUM_WORKERS >= 0 else GPU_WORKERS * gpu
+
+
+def batch_size_of(cfg: CfgNode, *, gpu: bool) -> int:
+    """Pictures of one size that are described together, INFER.BATCH_SIZE."""
+    return cfg.INFER.BATCH_SIZE or (GPU_BATCH_SIZE if gpu else 1)
 
 
 def limits_of(cfg: CfgNode) -> Limits:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from datasets.image import ImageError, read_file
+from datasets.image import MAX_PIXELS, ImageError, decode, read_file
 from datasets.normalisation import note_on_path
 
 Box = tuple[float, float, float, float]
@@ -72,6 +72,28 @@ class ImageList:
         while block := "".join(f"{name}\t{box}\t{size}\n" for name, box, size in itertools.islice(rows, BLOCK)):
             digest.update(block.encode())
         return digest.hexdigest()
+
+
+def read_cropped(
+    images: ImageList, index: int, *, max_pixels: int = MAX_PIXELS, data: bytes | None = None
+) -> np.ndarray:
+    """Decode an image (`data`, if its bytes are read already) and cut its box out: uint8 [H, W, 3] BGR.
+
+    Raises `ImageError`.
+    """
+    source, box = images.source(index), images.box(index)
+    image = crop(decode(source, images.read(index) if data is None else data, max_pixels=max_pixels), box)
+    if image.size == 0:
+        raise ImageError(f"{source}: the query's box {box} lies outside the picture")
+    return image
+
+
+def crop(image: np.ndarray, box: Sequence[float] | None) -> np.ndarray:
+    """Cut the box (x1, y1, x2, y2 in pixels, truncated to integers as published) out of [H, W, 3]; None keeps all."""
+    if box is None:
+        return image
+    x1, y1, x2, y2 = (int(side) for side in box)
+    return image[y1:y2, x1:x2]
 
 
 class LooseFiles:

@@ -5,11 +5,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from datasets.image import MAX_PIXELS, ImageError, decode
+from datasets.image import ImageError
 from datasets.image_files import EXTENSIONS, hidden_note
-from evaler.image_list import Box, ImageList, LooseFiles
+from evaler.image_list import Box, ImageList, LooseFiles, crop, read_cropped
 from evaler.image_names import ARCHIVES, COMPRESSED, read_list, search
 from evaler.tar_files import TarFiles
 from evaler.tar_index import tar_index
@@ -123,25 +121,3 @@ def _compressed(path: Path) -> ImageError:
     return ImageError(
         f"{KEY} {path}: compressed, its members cannot be read at random; unpack it (gunzip leaves a .tar that will do)"
     )
-
-
-def read_cropped(
-    images: ImageList, index: int, *, max_pixels: int = MAX_PIXELS, data: bytes | None = None
-) -> np.ndarray:
-    """Decode an image (`data`, if its bytes are read already) and cut its box out: uint8 [H, W, 3] BGR.
-
-    Raises `ImageError`.
-    """
-    source, box = images.source(index), images.box(index)
-    image = crop(decode(source, images.read(index) if data is None else data, max_pixels=max_pixels), box)
-    if image.size == 0:
-        raise ImageError(f"{source}: the query's box {box} lies outside the picture")
-    return image
-
-
-def crop(image: np.ndarray, box: Sequence[float] | None) -> np.ndarray:
-    """Cut the box (x1, y1, x2, y2 in pixels, truncated to integers as published) out of [H, W, 3]; None keeps all."""
-    if box is None:
-        return image
-    x1, y1, x2, y2 = (int(side) for side in box)
-    return image[y1:y2, x1:x2]

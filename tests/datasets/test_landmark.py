@@ -2,14 +2,13 @@
 
 import os
 import pickle
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
-import torch
 
 from datasets import landmark, missing
+from datasets.batch_memory import BatchMemory, Slot, WorkerMemory
 from datasets.image import ImageError
 from datasets.landmark import LandmarkDataset, ListError, check_files, read_list
 from datasets.transforms import (
@@ -153,10 +152,10 @@ def test_a_training_sample_is_the_transform_with_the_draw_of_seed_epoch_index(tm
     batch = dataset[(4, 1)]
     pixels = cv2.imread(str(tmp_path / "b c/1.png"))
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([9, 4, 1])))
-    assert batch.images.dtype == torch.float32
+    assert batch.images.dtype == np.float32
     expected = transform_train(pixels, draw_train(rng, *pixels.shape[:2]), 32)
-    assert np.array_equal(batch.images.numpy(), expected.transpose(1, 2, 0)[None])
-    assert batch.labels.dtype == batch.indices.dtype == torch.int64
+    assert np.array_equal(batch.images, expected.transpose(1, 2, 0)[None])
+    assert batch.labels.dtype == batch.indices.dtype == np.int64
     assert (batch.labels.tolist(), batch.indices.tolist(), batch.broken) == ([4], [1], [])
     assert batch.shift.tolist() == [[0, 0, 0]]
 
@@ -166,12 +165,12 @@ def test_a_fast_sample_has_the_same_draw(tmp_path):
     for epoch in range(4):
         keys = [(epoch, i) for i in range(3)]
         want, got = exact.__getitems__(keys), fast.__getitems__(keys)
-        assert got.images.dtype == torch.uint8
+        assert got.images.dtype == np.uint8
         assert got.images.shape == want.images.shape == (3, 32, 32, 3)
-        assert got.shift.dtype == torch.float32
+        assert got.shift.dtype == np.float32
         assert len(set(map(tuple, got.shift.tolist()))) == 3
-        assert torch.equal(got.labels, want.labels)
-        pixels = zip(got.images.numpy().astype(np.float32), got.shift.numpy(), want.images.numpy(), strict=True)
+        assert np.array_equal(got.labels, want.labels)
+        pixels = zip(got.images.astype(np.float32), got.shift, want.images, strict=True)
         for pixel, shift, image in pixels:
             difference = normalise(pixel, shift=shift).transpose(1, 2, 0) - image
             assert np.abs(difference).max() * 255 * 0.224 < 1.1  # rounding of a pixel, and of the resize's weights
@@ -181,17 +180,17 @@ def test_epoch_index_and_seed_each_change_the_draw_and_nothing_else_does(tmp_pat
     dataset = make(tmp_path)
     first = dataset[(0, 0)].images
     dataset[(3, 2)]
-    assert torch.equal(dataset[(0, 0)].images, first)
-    assert torch.equal(dataset.__getitems__([(0, 1), (0, 0)]).images[1:], first)
-    assert not torch.equal(dataset[(1, 0)].images, first)
-    assert not torch.equal(make(tmp_path, seed=2)[(0, 0)].images, first)
+    assert np.array_equal(dataset[(0, 0)].images, first)
+    assert np.array_equal(dataset.__getitems__([(0, 1), (0, 0)]).images[1:], first)
+    assert not np.array_equal(dataset[(1, 0)].images, first)
+    assert not np.array_equal(make(tmp_path, seed=2)[(0, 0)].images, first)
 
 
 def test_samples_of_an_index_alone(tmp_path):
     batch = make(tmp_path, transform=Resized(36, 32)).__getitems__([2, 0])
     for i, name in enumerate(("2.png", "a/0.png")):
         expected = transform_test(cv2.imread(str(tmp_path / name)), 36, 32)
-        assert np.array_equal(batch.images[i].numpy().transpose(2, 0, 1), expected)
+        assert np.array_equal(batch.images[i].transpose(2, 0, 1), expected)
     assert (batch.labels.tolist(), batch.indices.tolist()) == ([3, 5], [2, 0])
 
 
@@ -201,7 +200,7 @@ def test_paths_survive_being_packed(tmp_path):
 
 
 def test_a_set_of_a_million_images_holds_no_object_an_image(tmp_path):
-    """What forked workers share must be few objects: touching one copies its page."""
+    """What workers are handed and share must be few objects: touching one copies its page."""
     dataset = LandmarkDataset(
         "root",
         write_list(tmp_path, "".join(f"a/{i}.jpg {i}\n" for i in range(20000))),
@@ -247,8 +246,8 @@ def test_a_broken_image_is_replaced_by_the_next_one_that_can_be_read(tmp_path, t
     assert batch.labels.tolist() == [5, 3, 5, 3]
     for got, index in zip(range(4), (0, 2, 0, 2), strict=True):
         expected = dataset[(7, index)]
-        assert torch.equal(batch.images[got : got + 1], expected.images)
-        assert torch.equal(batch.shift[got : got + 1], expected.shift)
+        assert np.array_equal(batch.images[got : got + 1], expected.images)
+        assert np.array_equal(batch.shift[got : got + 1], expected.shift)
     lines = [2, 5, 6]
     assert len(batch.broken) == 3
     for message, line in zip(batch.broken, lines, strict=True):
@@ -272,14 +271,13 @@ def test_an_image_that_opencv_cannot_resize_is_broken(tmp_path):
     assert type(error) is ImageError and str(error) == message
 
 
-def test_a_batch_with_a_broken_image_leaves_its_memory_free(tmp_path, monkeypatch):
+def test_a_batch_with_a_broken_image_leaves_its_memory_free(tmp_path):
     dataset = make(tmp_path, names=NAMES)
     (tmp_path / "2.png").write_bytes(b"nothing")
-    monkeypatch.setattr(landmark, "get_worker_info", lambda: SimpleNamespace(id=0))
-    dataset.use_batch_memory(workers=1, batch_size=2)
+    dataset.worker = WorkerMemory(BatchMemory(workers=1, size=2 * dataset.image_bytes), 0)
     for _ in range(10):
         assert isinstance(dataset.__getitems__([(0, 1), (0, 2)]), ImageError)
-    assert not isinstance(dataset.__getitems__([(0, 1), (0, 3)]).images, torch.Tensor)
+    assert isinstance(dataset.__getitems__([(0, 1), (0, 3)]).images, Slot)
 
 
 def test_a_list_without_a_readable_image_ends_in_an_error(tmp_path, monkeypatch):

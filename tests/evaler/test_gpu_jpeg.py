@@ -42,7 +42,7 @@ def test_pictures_are_turned_and_cropped_as_by_the_other_decoder(tmp_path, orien
     pictures = Pictures(images, LIMITS, on_gpu=stand_in)
     upright = decode(path)
     for index, expected in ((0, upright), (1, upright[2:38, 3:35])):
-        item = pictures[index]
+        item = pictures.decoder[index]
         assert isinstance(item, Encoded)
         picture = pictures.finished(item)
         np.testing.assert_array_equal(picture.pixels.numpy(), expected)

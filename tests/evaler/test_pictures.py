@@ -1,7 +1,5 @@
 """Pictures on their way to the network: which are refused, which share a batch, in what order."""
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from datasets.image import decode
 from evaler import pictures
 from evaler.images import named_images
 from evaler.pictures import Broken, Limits, Picture, Pictures, by_size, decoded
+from tests.loader_sets import Killed
 from tests.small_run import cut_short, photograph, write_image
 
 LIMITS = Limits((0.5, 2.0), min_side=16, max_aspect=5.0, max_pixels=10_000, max_level_pixels=4 * 60 * 60)
@@ -98,24 +97,17 @@ def test_a_picture_that_vanishes_at_a_scale(folder):
     assert item == Broken(3, "an image of 99 x 20 pixels has nothing left at scale 0.01")
 
 
-class Killed(Pictures):
-    """Its third picture kills the process that decodes it, as the system does where memory ends."""
-
-    def __getitem__(self, index):
-        if index == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__getitem__(index)
-
-
 def test_a_killed_decoder_ends_the_command_with_one_line(folder, capsys):
     images, _ = named_images(folder)
 
     @entry_point
     def command():
-        list(decoded(Killed(images, LIMITS), range(6), workers=1))
+        pictures = Pictures(images, LIMITS)
+        pictures.decoder = Killed(images, LIMITS, leave_jpegs=False)
+        list(decoded(pictures, range(6), workers=1))
 
     with pytest.raises(SystemExit) as caught:
         command()
     assert caught.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: DataLoader worker") and line.endswith("Run this again to go on")
+    assert line.startswith("error: loader worker 0 (process ") and line.endswith("Run this again to go on")
