@@ -1,15 +1,23 @@
 """mAP of Revisited sets in the course of a training run; `train.py` hands it to the trainer as a callable."""
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from core.distributed import gather_objects, rank, world_size
 from core.progress import progress
-from evaler.images import ImageList, read_cropped, revisited_set
+from datasets.image import ImageError
+from evaler.extraction_job import batch_size_of, limits_of, workers_of
+from evaler.image_list import ImageList
+from evaler.images import revisited_set
 from evaler.multiscale import describe_batch
+from evaler.pictures import Broken, Picture, Pictures, by_size, decoded
 from model.classifier import Classifier
 from revisitop import groundtruth, protocol
 
@@ -33,10 +41,11 @@ def score_sets(cfg: CfgNode, network: nn.Module, poll: Callable[[], None]) -> di
     scores = {}
     for name in cfg.TEST.RETRIEVAL:
         collections = revisited_set(cfg.INFER.DATA_DIR, name, crop_query=cfg.INFER.CROP_QUERY)
-        vectors = {
-            collection: _describe_all(descriptor, images, cfg.INFER, f"{name} {collection}", poll)
-            for collection, images in collections.items()
-        }
+        with _untimed():
+            vectors = {
+                collection: _describe_all(descriptor, images, cfg, f"{name} {collection}", poll)
+                for collection, images in collections.items()
+            }
         truth = groundtruth.load(f"{cfg.INFER.DATA_DIR}/{name}/gnd_{name}.pkl")
         found = protocol.evaluate(vectors["queries"], vectors["database"], truth, (1,))
         fractions = {NAMES[setting]: float(values["mAP"]) for setting, values in found.items()}
@@ -55,18 +64,43 @@ class _Descriptor(nn.Module):
         return self.classifier.descriptors(images)
 
 
+@contextlib.contextmanager
+def _untimed() -> Iterator[None]:
+    """Without cuDNN's timing of its algorithms: it is done anew for every size, and here nearly all sizes differ."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def _describe_all(
-    network: nn.Module, images: ImageList, settings: CfgNode, title: str, poll: Callable[[], None]
+    network: nn.Module, images: ImageList, cfg: CfgNode, title: str, poll: Callable[[], None]
 ) -> np.ndarray:
-    """float32 [N, D], in the order of `images`, in every process."""
-    world, own = world_size(), []
-    rounds = -(-len(images) // world)
-    for number in progress(range(rounds), title, unit="image", leave=False):
-        poll()
-        index = number * world + rank()
-        if index < len(images):
-            image = read_cropped(images, index, max_pixels=settings.MAX_PIXELS)
-            vectors = describe_batch(network, image[None], scales=settings.SCALES, max_pixels=settings.MAX_LEVEL_PIXELS)
-            own.append(vectors[0])
-    shares = gather_objects(own)
-    return np.stack([shares[index % world][index // world] for index in range(len(images))])
+    """float32 [N, D], in the order of `images`, in every process; each describes every `world_size()`th image.
+
+    Raises `ImageError` for one that cannot be read. Small and narrow ones, which extraction rejects, are described.
+    """
+    gpu = next(network.parameters()).is_cuda
+    limits = replace(limits_of(cfg), min_side=1, max_aspect=math.inf)
+    own = range(rank(), len(images), world_size())
+    vectors: dict[int, np.ndarray] = {}
+    stream = decoded(Pictures(images, limits), own, workers=workers_of(cfg, gpu=gpu), timeout=cfg.DATA_LOADER.TIMEOUT)
+
+    def usable() -> Iterator[Picture]:
+        rounds = -(-len(images) // world_size())
+        for number in progress(range(rounds), title, unit="image", leave=False):
+            poll()
+            if number * world_size() + rank() < len(images):
+                item = next(stream)
+                if isinstance(item, Broken):
+                    raise ImageError(f"{images.source(item.index)}: {item.reason}")
+                yield item
+
+    with contextlib.closing(stream):
+        for group in by_size(usable(), limits, batch_size=batch_size_of(cfg, gpu=gpu)):
+            pixels = torch.stack([picture.pixels for picture in group])
+            found = describe_batch(network, pixels, scales=limits.scales, max_pixels=limits.max_level_pixels)
+            vectors |= zip((picture.index for picture in group), found, strict=True)
+    everywhere = {index: vector for share in gather_objects(vectors) for index, vector in share.items()}
+    return np.stack([everywhere[index] for index in range(len(images))])

@@ -1,7 +1,9 @@
 """mAP in the course of training is that of extraction and scoring."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,9 +11,18 @@ from core.checkpoint import checkpoints
 from core.config import load_cfg
 from core.logging import read_stats, setup_logging
 from core.trainer import train
-from evaler import extract, score
+from evaler import during_training, extract, score
 from evaler.during_training import check_sets, score_sets
-from tests.small_run import SMALL_MODEL, SMALL_TRAINING, landmarks, overrides, retrieval_set
+from evaler.pictures import decoded
+from tests.small_run import (
+    SMALL_MODEL,
+    SMALL_TRAINING,
+    landmarks,
+    overrides,
+    photograph,
+    retrieval_set,
+    write_image,
+)
 
 
 @pytest.fixture
@@ -23,7 +34,9 @@ def args(tmp_path):
     return overrides(SMALL_MODEL, SMALL_TRAINING, place, more, {"OPTIM.MAX_EPOCH": 1, "OPTIM.BASE_LR": 0.001})
 
 
-def test_training_reports_the_map_that_extraction_and_scoring_give(args, tmp_path, capsys):
+@pytest.mark.parametrize(("workers", "batch"), [(0, 1), (2, 3)])
+def test_training_reports_the_map_that_extraction_and_scoring_give(args, tmp_path, capsys, workers, batch):
+    args += ["INFER.NUM_WORKERS", str(workers), "INFER.BATCH_SIZE", str(batch)]
     cfg = load_cfg(None, args)
     try:
         train(cfg, score_sets)
@@ -39,6 +52,32 @@ def test_training_reports_the_map_that_extraction_and_scoring_give(args, tmp_pat
         assert said[key] == pytest.approx(scored[letter]["mAP"], rel=1e-5)
     content = torch.load(checkpoints(cfg.OUT_DIR)[-1], weights_only=True)
     assert content["run"]["best_score"] == pytest.approx(said["medium"], rel=1e-5)
+
+
+def test_scores_come_from_the_engine_of_extraction(args, monkeypatch):
+    """As many pictures together and workers as INFER says, no timing of algorithms, a poll before each image."""
+    described, workers, polls = [], [], []
+
+    def describe(network, pixels, **settings):
+        described.append((len(pixels), torch.backends.cudnn.benchmark))
+        return np.eye(len(pixels), 8, dtype=np.float32)
+
+    def watched(pictures, indices, **settings):
+        workers.append(settings["workers"])
+        return decoded(pictures, indices, **settings | {"workers": 0})
+
+    monkeypatch.setattr(during_training, "describe_batch", describe)
+    monkeypatch.setattr(during_training, "decoded", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    same = ["INFER.CROP_QUERY", "False", "INFER.BATCH_SIZE", "2", "INFER.NUM_WORKERS", "3"]
+    cfg = load_cfg(None, [*args, *same])
+    for index in range(7):
+        write_image(Path(cfg.INFER.DATA_DIR) / "toy" / "jpg" / f"image{index}.jpg", photograph(index, 40, 48))
+    score_sets(cfg, torch.nn.Linear(1, 1), lambda: polls.append(1))
+    assert described[-4:] == [(2, False)] * 3 + [(1, False)]
+    assert sum(size for size, _ in described) == len(polls) == 10
+    assert workers == [3, 3]
+    assert torch.backends.cudnn.benchmark
 
 
 def test_a_set_that_lacks_an_image_is_noticed_before_training(args, tmp_path):
