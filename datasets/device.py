@@ -42,6 +42,12 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(MEAN_BGR).to(device), torch.from_numpy(SD_BGR).to(device)
 
 
+@functools.cache  # its memory is not given to another stream: a new one for each epoch would take as much again
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of this process that copies batches to a device."""
+    return torch.cuda.Stream(device)
+
+
 class DeviceBatches:
     """Iterates a loader; yields its batches with images (float32 [B, 3, S, S], channels_last) and labels on `device`.
 
@@ -62,7 +68,7 @@ class DeviceBatches:
         return (self._moved(batch) for batch in self.loader)
 
     def _ahead(self) -> Iterator[Batch]:
-        copies, current = torch.cuda.Stream(self.device), None
+        copies, current = _copies(self.device), None
         for batch in self.loader:
             with torch.cuda.stream(copies):
                 following = self._moved(batch)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from datasets import device
 from datasets.device import DeviceBatches, normalise_on_device
 from datasets.landmark import LandmarkDataset
 from datasets.loader import TrainBatches, make_loader
@@ -62,6 +63,7 @@ def test_batches_arrive_in_order_and_stay(folder, device, workers, transform):
         assert len(kept) - before == len(data)
     for epoch, batch in kept:
         want = dataset.__getitems__([(epoch, index) for index in batch.indices.tolist()])
+        want = want._replace(**{key: torch.from_numpy(getattr(want, key)) for key in ("images", "labels", "shift")})
         images = want.images if want.images.is_floating_point() else normalise_on_device(*want[::3][:2])
         images = images.permute(0, 3, 1, 2) if want.images.is_floating_point() else images
         assert batch.images.device.type == batch.labels.device.type == device
@@ -87,6 +89,25 @@ def test_an_abandoned_iteration_begins_anew(folder, device):
     second = next(iter(data)).indices.tolist()
     data.loader.batch_sampler.set_epoch(0)
     assert [batch.indices.tolist() for batch in data][:2] == [first, second]
+
+
+def test_all_batches_of_a_run_are_copied_on_one_stream(folder, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or len(made))
+    gpu = torch.device("cuda", 7)
+    assert len({device._copies(gpu) for _ in range(3)}) == 1
+    assert made == [gpu]
+    device._copies.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT CHECKED: needs a GPU")
+def test_an_epoch_more_reserves_no_more_memory(folder):
+    for _ in range(2):
+        list(batches_of(folder, "cuda", FastTrainTransform(24)))
+    before = torch.cuda.memory_reserved()
+    for _ in range(5):
+        list(batches_of(folder, "cuda", FastTrainTransform(24)))
+    assert torch.cuda.memory_reserved() == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT CHECKED: needs a GPU")
