@@ -7,32 +7,40 @@ the descriptors, told by their sha256, and is refused with any other.
 """
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from yacs.config import CfgNode
 
 from core.counter import bar
 from core.environment import atomic_write, sha256_file, write_json
+from evaler.checked_results import check_found
 from evaler.features import FeaturesError, chunks, load, read_manifest
 from evaler.top_k import top_k
 
 MOST_TRAINED_ON = 1 << 18
+TRIED_ON = 1 << 10  # images that a string is tried on before all are
+CELLS = re.compile(r"(?<![A-Za-z])IVF[0-9]+")  # in a factory string
 PROBED, PROBED_TOP = 200, 10  # images that the recall is measured with, and at which rank
 
 
 def build(cfg: CfgNode, folder: Path, collection: str) -> float:
     """Write the index of SEARCH.INDEX; return the part of the exact nearest images that it finds (recall at 10).
 
-    Raises `ValueError` for a string that faiss refuses.
+    Raises `ValueError` for a string that faiss refuses, before anything is built. The index can be used as soon as it
+    is written, which is before its recall is measured.
     """
     faiss = search_library()
     vectors = load(folder, collection).vectors
     if not len(vectors):
         raise FeaturesError(f"{folder}: '{collection}' holds no image to index")
+    _try_out(cfg, vectors)
     sample = np.sort(np.random.default_rng(0).permutation(len(vectors))[:MOST_TRAINED_ON])
     try:
-        index = faiss.index_factory(vectors.shape[1], cfg.SEARCH.INDEX, faiss.METRIC_INNER_PRODUCT)
+        index = _of_factory(cfg.SEARCH.INDEX, vectors.shape[1])
         work = faiss.index_cpu_to_all_gpus(index) if _gpus(cfg) else index
         if not work.is_trained:
             work.train(np.asarray(vectors[sample], dtype=np.float32))
@@ -44,21 +52,68 @@ def build(cfg: CfgNode, folder: Path, collection: str) -> float:
     except RuntimeError as error:
         raise ValueError(f"SEARCH.INDEX {cfg.SEARCH.INDEX}: faiss refuses it: {_last_line(error)}") from None
     _set_parameters(index, cfg.SEARCH.PARAMETERS)
-    recall = measure_recall(index, vectors)
     path, told = paths(folder, collection)
-    told.unlink(missing_ok=True)  # from here to the end there is none
     with atomic_write(path) as file:
         file.write(faiss.serialize_index(index))
+        told.unlink(missing_ok=True)  # from here to its being written again there is none
     description = {
         "factory": cfg.SEARCH.INDEX,
         "npy_sha256": read_manifest(folder, collection)["sha256"]["npy"],
         "sha256": sha256_file(path),
         "faiss": faiss.__version__,
         "parameters": cfg.SEARCH.PARAMETERS,
-        f"recall@{PROBED_TOP}": recall,
     }
     write_json(told, description, sort_keys=True)
+    recall = measure_recall(index, vectors)
+    write_json(told, description | {f"recall@{PROBED_TOP}": recall}, sort_keys=True)
     return recall
+
+
+def _try_out(cfg: CfgNode, vectors: np.ndarray) -> None:
+    """Build a small index and search it. Raises `ValueError` for what would fail after a whole build."""
+    factory = cfg.SEARCH.INDEX
+    try:
+        _set_parameters(_of_factory(factory, vectors.shape[1]), cfg.SEARCH.PARAMETERS)
+        index = _of_factory(CELLS.sub("IVF4", factory), vectors.shape[1])
+        _train_quickly(index)
+        rows = np.asarray(vectors[:TRIED_ON], dtype=np.float32)
+        with threadpool_limits(1):  # more threads are slower on so little
+            index.train(rows)
+            for half in np.array_split(rows, 2):  # as the whole set is: in batches
+                if len(half):
+                    index.add(half)
+            _set_parameters(index, cfg.SEARCH.PARAMETERS)
+            _, found = search(index, rows[:8], PROBED_TOP, source=f"SEARCH.INDEX {factory}")
+    except RuntimeError as error:
+        if "training points" in str(error) and len(vectors) > TRIED_ON:
+            return  # more than are tried: the build begins with the training
+        raise ValueError(f"SEARCH.INDEX {factory}: faiss refuses it: {_last_line(error)}") from None
+    if (found < 0).all():
+        raise ValueError(f"SEARCH.PARAMETERS {cfg.SEARCH.PARAMETERS}: an index of {factory} finds nothing with them")
+
+
+def _of_factory(factory: str, dim: int):
+    faiss = search_library()
+    return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+
+
+def _train_quickly(index) -> None:
+    """What is tried need not find well."""
+    for part in _parts(index):
+        if hasattr(part, "do_polysemous_training"):
+            part.do_polysemous_training = False  # seconds for each part of a code
+        for clustering in (getattr(part, "cp", None), getattr(getattr(part, "pq", None), "cp", None)):
+            if clustering is not None:
+                clustering.niter, clustering.min_points_per_centroid = 1, 1
+
+
+def _parts(index) -> Iterator:
+    """The index and those inside it, as what they are."""
+    faiss, part = search_library(), index  # the whole must live as long as its parts are looked at
+    while part is not None:
+        part = faiss.downcast_index(part)
+        yield part
+        part = getattr(part, "base_index", None) or getattr(part, "index", None)
 
 
 def read(cfg: CfgNode, folder: Path, collection: str):
@@ -71,22 +126,42 @@ def read(cfg: CfgNode, folder: Path, collection: str):
         found = description["factory"], description["npy_sha256"], description["sha256"]
     except FileNotFoundError:
         raise FeaturesError(f"{path}: no index; {mend}") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise FeaturesError(f"{told}: not the description of an index; {mend}") from None
+    if not all(isinstance(text, str) for text in found):
+        raise FeaturesError(f"{told}: not the description of an index; {mend}")
     if found[0] != cfg.SEARCH.INDEX:
         raise FeaturesError(f"{path}: is {found[0]}, SEARCH.INDEX {cfg.SEARCH.INDEX}; {mend}")
     if found[1] != read_manifest(folder, collection)["sha256"]["npy"]:
         raise FeaturesError(f"{path}: of other descriptors than those beside it; {mend}")
     if not path.is_file() or sha256_file(path) != found[2]:
         raise FeaturesError(f"{path}: missing or damaged (sha256); {mend}")
-    index = faiss.read_index(str(path))
+    try:
+        index = faiss.read_index(str(path))
+    except (RuntimeError, MemoryError) as error:
+        raise FeaturesError(f"{path}: faiss cannot read it: {_last_line(error)}; {mend}") from None
+    _check(index, path, read_manifest(folder, collection), mend)
     _set_parameters(index, cfg.SEARCH.PARAMETERS)
     return faiss.index_cpu_to_all_gpus(index) if _gpus(cfg) else index
 
 
-def search(index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `top_k`, by an index; -1 stands where it finds fewer than k."""
-    return index.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, index.ntotal))
+def _check(index, path: Path, manifest: dict, mend: str) -> None:
+    """Raise `FeaturesError` for an index that cannot be that of the collection, whatever its description says."""
+    faiss = search_library()
+    if (index.d, index.ntotal) != (manifest["dim"], manifest["count"]):
+        found, expected = f"{index.ntotal} x {index.d}", f"{manifest['count']} x {manifest['dim']}"
+        raise FeaturesError(f"{path}: holds {found} numbers, the descriptors are {expected}; {mend}")
+    if any(isinstance(part, faiss.IndexIDMap) for part in _parts(index)):
+        raise FeaturesError(f"{path}: carries numbers of its own for the images; {mend}")
+    if any(part.metric_type != faiss.METRIC_INNER_PRODUCT for part in _parts(index)):
+        raise FeaturesError(f"{path}: orders by another metric than the inner product; {mend}")
+
+
+def search(index, queries: np.ndarray, k: int, *, source: str = "SEARCH.INDEX") -> tuple[np.ndarray, np.ndarray]:
+    """As `top_k`, by an index; -1 stands where it finds fewer than k. Raises `FeaturesError` as `check_found`."""
+    scores, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, index.ntotal))
+    check_found(scores, rows, index.ntotal, source=source)
+    return scores, rows
 
 
 def measure_recall(index, vectors: np.ndarray) -> float:

@@ -6,7 +6,8 @@ https://github.com/cvdfoundation/google-landmark. Usage is Public or Private, wh
 """
 
 import contextlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -22,6 +23,7 @@ from evaler.top_k import top_k
 
 FOUND, VOTING = 100, 5
 USAGES = ("Public", "Private")
+NOT_SEEN = {"retrieval": "nothing found", "recognition": "no prediction"}
 Solution = dict[str, dict[str, frozenset[str]]]
 
 
@@ -71,12 +73,16 @@ def image_id(name: str) -> str:
 
 
 def retrieval(queries: Features, index: Features, solution: Solution) -> dict[str, float]:
-    """mAP@100 in percent of each Usage that has queries. Raises `FeaturesError` for a query without descriptor."""
+    """mAP@100 in percent of each Usage that has queries; one that was rejected counts as nothing found.
+
+    Raises `FeaturesError` for a query that is neither described nor rejected.
+    """
     scores, ids = {}, list(_rows(index))
     for usage, relevant in solution.items():
         if relevant:
-            _, found = top_k(_of(queries, relevant), index.vectors, FOUND)
-            names = {query: [ids[i] for i in row] for query, row in zip(relevant, found, strict=True)}
+            described, vectors = _of(queries, relevant)
+            _, found = top_k(vectors, index.vectors, FOUND)
+            names = {query: [ids[i] for i in row] for query, row in zip(described, found, strict=True)}
             scores[usage] = 100 * mean_average_precision_at(names, relevant, FOUND)
     return scores
 
@@ -85,9 +91,11 @@ def recognition(
     queries: Features, train: Features, labels: Mapping[str, str], solution: Solution, *, voting: int = VOTING
 ) -> dict[str, float]:
     """GAP in percent of each Usage. A query is taken for the landmark whose images among the `voting` nearest have the
-    largest sum of similarities, which is its confidence; of equal ones for that of the nearest image.
+    largest sum of similarities, which is its confidence; of equal ones for that of the nearest image. One that was
+    rejected has no prediction.
 
-    Raises `FeaturesError` for a query without descriptor, `ValueError` for a training image without label.
+    Raises `FeaturesError` for a query that is neither described nor rejected, `ValueError` for a training image without
+    label.
     """
     ids = list(_rows(train))
     if not ids:
@@ -98,10 +106,11 @@ def recognition(
     scores = {}
     for usage, landmarks in solution.items():
         if any(landmarks.values()):
-            similar, found = top_k(_of(queries, landmarks), train.vectors, voting)
+            described, vectors = _of(queries, landmarks)
+            similar, found = top_k(vectors, train.vectors, voting)
             predictions = {
                 query: vote([labels[ids[i]] for i in row], similarities.tolist())
-                for query, row, similarities in zip(landmarks, found, similar, strict=True)
+                for query, row, similarities in zip(described, found, similar, strict=True)
             }
             scores[usage] = 100 * global_average_precision(predictions, landmarks)
     return scores
@@ -121,17 +130,25 @@ def _rows(features: Features) -> dict[str, int]:
     row: dict[str, int] = {}
     for number, name in enumerate(features.names):
         if row.setdefault(image_id(name), number) != number:
-            raise FeaturesError(f"{features.names[row[image_id(name)]]} and {name} have one id")
+            one = features.names[row[image_id(name)]]
+            raise FeaturesError(
+                f"{one} and {name} have one id, which is the name without folder and ending; remove one"
+            )
     return row
 
 
-def _of(queries: Features, wanted: Mapping[str, object]) -> np.ndarray:
-    """The descriptors of these queries, in their order; others are not looked at."""
-    row = _rows(queries)
-    missing = [query for query in wanted if query not in row]
+def _of(queries: Features, wanted: Iterable[str]) -> tuple[list[str], np.ndarray]:
+    """Which of these queries have a descriptor, and those in their order; others are not looked at."""
+    row, rejected = _rows(queries), _rejected(queries)
+    missing = [query for query in wanted if query not in row and query not in rejected]
     if missing:
-        raise FeaturesError(f"no descriptor of the query {some(missing)}, of {len(wanted)} in the solution")
-    return np.asarray(queries.vectors[[row[query] for query in wanted]], dtype=np.float32)
+        raise FeaturesError(f"no descriptor of {len(missing)} queries of the solution: {some(missing)}")
+    described = [query for query in wanted if query in row]
+    return described, np.asarray(queries.vectors[[row[query] for query in described]], dtype=np.float32)
+
+
+def _rejected(queries: Features) -> set[str]:
+    return {image_id(entry.name) for entry in queries.rejected} - _rows(queries).keys()
 
 
 @entry_point
@@ -164,9 +181,14 @@ def main(argv: list[str] | None = None) -> None:
         scores, metric = retrieval(queries, searched, solution), f"mAP@{FOUND}"
     else:
         scores, metric = recognition(queries, searched, labels, solution, voting=args.voting), "GAP"
-    for usage, score in scores.items():
-        print(f"  {metric} {usage:<8}{score:>8.2f}   ({len(solution[usage])} queries, {len(searched.names)} images)")
-    if args.json:
-        record = {"task": args.task, "metric": metric, "unit": "percent", "scores": scores}
+    rejected = {usage: len(_rejected(queries) & solution[usage].keys()) for usage in scores}
+    if args.json:  # before anything is printed, which may fail
+        record = {"task": args.task, "metric": metric, "unit": "percent", "scores": scores, "rejected": rejected}
         record |= {"searched": len(searched.names), "provenance": searched.provenance}
         write_json(args.json, record)
+    for usage, score in scores.items():
+        lost = f", {rejected[usage]} of them rejected: {NOT_SEEN[args.task]}" if rejected[usage] else ""
+        counts = f"{len(solution[usage])} queries{lost}, {len(searched.names)} images"
+        print(f"  {metric} {usage:<8}{score:>8.2f}   ({counts})")
+    if searched.rejected:
+        print(f"note: {len(searched.rejected)} images of {args.searched} were rejected and not found", file=sys.stderr)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from core.counter import bar
+from evaler.checked_results import check_found, check_scores
 from evaler.features import FeaturesError, load, read_manifest
 
 CHUNK = 1 << 15  # rows whose presence is asked for at once
@@ -38,6 +39,7 @@ def build(uri: str, folder: Path, collection: str) -> tuple[str, int]:
     with _connected(uri) as client:
         if not client.has_collection(name):
             _create(client, name, vectors.shape[1], f"{folder.resolve().name}/{collection}")
+        _check_form(client, uri, name, vectors.shape[1])
         client.load_collection(name)
         with bar(None, "inserting", unit="image", total=len(vectors), delay=1, leave=False) as shown:
             for start in range(0, len(vectors), CHUNK):
@@ -48,33 +50,67 @@ def build(uri: str, folder: Path, collection: str) -> tuple[str, int]:
                     rows = np.asarray(vectors[first : min(first + BATCH, stop)], dtype=np.float32)
                     send(name, [{"row": first + place, "vector": row} for place, row in enumerate(rows)])
                     shown.update(len(rows))
-        count = _count(client, name)
-        if count != len(vectors):
-            raise MilvusError(f"SEARCH.URI {uri}: holds {count} of {len(vectors)} descriptors; run this again")
+        count = _whole(client, uri, name, len(vectors), mend="run this again")
     return name, count
 
 
 def search(uri: str, folder: Path, collection: str, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `evaler.top_k.top_k`, by the database. Raises `MilvusError`, also if the collection is not there whole."""
-    name, expected = name_of(folder, collection), read_manifest(folder, collection)["count"]
-    k = min(k, expected)
+    """As `evaler.top_k.top_k`, by the database.
+
+    Raises `MilvusError`, also if the collection is not there whole, and `FeaturesError` for results that are not of
+    these descriptors.
+    """
+    name, vectors = name_of(folder, collection), load(folder, collection).vectors
+    k = min(k, len(vectors))
     if k > MOST_FOUND:
         raise MilvusError(f"--top {k}: Milvus finds {MOST_FOUND} images at most")
     mend = "insert it with evaler/index.py"
     with _connected(uri, existing=True) as client:
         if not client.has_collection(name):
             raise MilvusError(f"SEARCH.URI {uri}: does not hold this state of {folder} ({name}); {mend}")
+        _check_form(client, uri, name, vectors.shape[1])
         client.load_collection(name)
-        count = _count(client, name)
-        if count != expected:
-            raise MilvusError(f"SEARCH.URI {uri}: holds {count} of {expected} descriptors of {folder}; {mend}")
+        _whole(client, uri, name, len(vectors), mend=mend)
         found = client.search(name, data=list(np.asarray(queries, np.float32)), limit=k, consistency_level="Strong")
+    if [len(hits) for hits in found] != [k] * len(queries):
+        raise MilvusError(f"SEARCH.URI {uri}: did not find {k} images for each of {len(queries)} queries")
     scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     for place, hits in enumerate(found):
         scores[place], rows[place] = [hit["distance"] for hit in hits], [hit["row"] for hit in hits]
         order = np.lexsort((rows[place], -scores[place]))
         scores[place], rows[place] = scores[place][order], rows[place][order]
+    source = f"SEARCH.URI {uri} ({name})"
+    if (rows < 0).any():
+        raise MilvusError(f"{source}: found rows that are none of the {len(vectors)} images; drop it, then {mend}")
+    check_found(scores, rows, len(vectors), source=source)
+    check_scores(queries, vectors, scores, rows, source=source)
     return scores, rows
+
+
+def _check_form(client, uri: str, name: str, dim: int) -> None:
+    """Raise `MilvusError` for a collection of our name that another program made in another way."""
+    fields = {field["name"]: field for field in client.describe_collection(name)["fields"]}
+    found = fields.get("vector", {}).get("params", {}).get("dim")
+    if not fields.get("row", {}).get("is_primary") or found is None or int(found) != dim:
+        raise MilvusError(
+            f"SEARCH.URI {uri}: the collection {name} has not the fields row and vector of {dim} numbers; drop it"
+        )
+    metrics = {client.describe_index(name, index).get("metric_type") for index in client.list_indexes(name, "vector")}
+    if metrics != {"IP"}:
+        told = ", ".join(sorted(map(str, metrics))) or "none"
+        raise MilvusError(f"SEARCH.URI {uri}: the collection {name} is searched by the metric {told}, not IP; drop it")
+
+
+def _whole(client, uri: str, name: str, expected: int, *, mend: str) -> int:
+    """How many rows there are. Raises `MilvusError` unless they are the images' and no others."""
+    count, inside = _count(client, name), _count(client, name, f"row >= 0 and row < {expected}")
+    if count > inside:
+        raise MilvusError(
+            f"SEARCH.URI {uri}: {name} holds {count - inside} rows that are no images; drop it, then {mend}"
+        )
+    if inside != expected:
+        raise MilvusError(f"SEARCH.URI {uri}: holds {inside} of {expected} descriptors of {name}; {mend}")
+    return count
 
 
 def name_of(folder: Path, collection: str) -> str:

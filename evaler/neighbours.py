@@ -9,7 +9,9 @@ from yacs.config import CfgNode
 
 from core.arguments import Parser, parse
 from core.config import load_cfg
-from core.environment import entry_point, sha256_file, write_json
+from core.environment import USER_ERROR_EXIT_CODE, entry_point, sha256_file, write_json
+from core.terminal import one_line
+from datasets.image import ImageError
 from evaler import faiss_index, milvus_index
 from evaler.arguments import find_collection
 from evaler.extract import load_network
@@ -17,6 +19,7 @@ from evaler.extraction_job import limits_of
 from evaler.features import Features, FeaturesError, load
 from evaler.gpu_jpeg import nvjpeg
 from evaler.image_list import ImageList, LooseFiles
+from evaler.image_names import search
 from evaler.multiscale import check_lengths, describe_batch
 from evaler.pictures import Pictures
 from evaler.provenance import LIST_KEYS, MACHINE_KEYS, differing_keys
@@ -26,11 +29,11 @@ from evaler.top_k import top_k
 MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query", "precision", "decoder", "max_level_pixels")
 
 
-def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> np.ndarray:
-    """Descriptors float32 [Q, D] of photographs, made as those of `features` were.
+def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> tuple[np.ndarray, dict[Path, str]]:
+    """Descriptors float32 [Q, D] of photographs, made as those of `features` were; and those that cannot be used, which
+    have no row, with the reason.
 
-    Raises `ImageError` naming a photograph that cannot be used, and `FeaturesError` if the weights or settings are
-    others than those the features were made with.
+    Raises `FeaturesError` if the weights or settings are others than those the features were made with.
     """
     network, provenance = load_network(cfg)
     differing = differing_keys(provenance, features.provenance, but=MAY_DIFFER)
@@ -41,10 +44,30 @@ def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> n
     images = ImageList(names, LooseFiles("", names))
     pictures = Pictures(images, limits, on_gpu=nvjpeg() if cfg.INFER.GPU_JPEG else None)
     sizes = {"scales": limits.scales, "max_pixels": limits.max_level_pixels}
-    found = np.concatenate(
-        [describe_batch(network, pictures.picture(index).pixels[None], **sizes) for index in range(len(images))]
-    )
-    check_lengths(found, names)
+    found, broken = [np.empty((0, features.vectors.shape[1]), np.float32)], {}
+    for index, path in enumerate(paths):
+        try:
+            pixels = pictures.picture(index).pixels[None]
+        except ImageError as error:
+            broken[path] = str(error)
+            continue
+        found.append(describe_batch(network, pixels, **sizes))
+    vectors = np.concatenate(found)
+    check_lengths(vectors, [str(path) for path in paths if path not in broken])
+    return vectors, broken
+
+
+def photographs(places: Sequence[Path]) -> list[Path]:
+    """The files named, and of a folder the images in it and below. Raises `ValueError` for a folder without any."""
+    found = []
+    for place in places:
+        if not place.is_dir():
+            found.append(place)
+            continue
+        images = search(place).images
+        if not images:
+            raise ValueError(f"{place}: no photographs in this folder to search by")
+        found += [place / name for name in images]
     return found
 
 
@@ -67,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--top", type=int, default=10, metavar="K", help="images to find for each (default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what is found here")
     parser.add_argument("index", type=Path, metavar="INDEX", help="OUT_DIR/features/<set>, or <set>/<collection>")
-    parser.add_argument("queries", type=Path, nargs="+", metavar="QUERY", help="photographs; behind them KEY VALUE ...")
+    parser.add_argument(
+        "queries", type=Path, nargs="+", metavar="QUERY", help="photographs, or folders of them; then KEY VALUE ..."
+    )
     args, settings = parse(parser, argv)
     if args.top < 1:
         parser.error(f"--top {args.top}: must be at least 1")
@@ -75,27 +100,33 @@ def main(argv: list[str] | None = None) -> None:
     features = load(folder, collection)
     cfg = with_weights_of(args.cfg, settings, features)
     index = faiss_index.read(cfg, folder, collection) if cfg.SEARCH.INDEX else None
-    queries = describe_files(cfg, features, args.queries)
-    if cfg.SEARCH.URI:
+    asked = photographs(args.queries)
+    queries, broken = describe_files(cfg, features, asked)
+    for reason in broken.values():
+        print(f"error: {one_line(reason)}", file=sys.stderr)
+    asked = [path for path in asked if path not in broken]
+    if not len(queries):
+        scores, found = np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)
+    elif cfg.SEARCH.URI:
         scores, found = milvus_index.search(cfg.SEARCH.URI, folder, collection, queries, args.top)
     elif index is None:
         scores, found = top_k(queries, features.vectors, args.top)
     else:
         scores, found = faiss_index.search(index, queries, args.top)
     results = []
-    for path, of_one, at in zip(args.queries, scores, found, strict=True):
-        results.append(
-            {
-                "query": str(path),
-                "found": [
-                    {"name": features.names[i], "score": round(float(score), 6)}
-                    for score, i in zip(of_one, at.tolist(), strict=True)
-                    if i >= 0  # faiss: it looked into too few cells to find so many
-                ],
-            }
-        )
-        print(f"\n{path}")
-        for number, entry in enumerate(results[-1]["found"], start=1):
-            print(f"  {number:>4}  {entry['score']:.4f}  {entry['name']}")
-    if args.json:
+    for path, of_one, at in zip(asked, scores, found, strict=True):
+        hits = [
+            {"name": features.names[i], "score": round(float(score), 6)}
+            for score, i in zip(of_one, at.tolist(), strict=True)
+            if i >= 0  # faiss: it looked into too few cells to find so many
+        ]
+        results.append({"query": str(path), "found": hits})
+    if args.json:  # before anything is printed, which may fail
         write_json(args.json, results)
+    for result in results:
+        print(f"\n{result['query']}")
+        for number, entry in enumerate(result["found"], start=1):
+            print(f"  {number:>4}  {entry['score']:.4f}  {entry['name']}")
+    if broken:
+        sys.stdout.flush()
+        sys.exit(USER_ERROR_EXIT_CODE)

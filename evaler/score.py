@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from core.arguments import load_cfg_from_args
 from core.environment import entry_point, sha256_file, write_json
 from evaler.card import line, make_card, network_name, published, with_distractors
-from evaler.features import Features, align, check_length, load, read_manifest
+from evaler.features import Features, align, check_length, load, read_manifest, some
 from evaler.images import DISTRACTORS
 from evaler.post_processing import PostProcessing
 from evaler.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, without
@@ -207,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             score, path = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR, distractors=behind, post=post)
             if behind is None:
                 _tell_of_other_settings(cfg, score)
+                _tell_of_own_queries(name, truth_path(cfg.INFER.DATA_DIR, name))
             print(f"\n{table(score)}\n\n  written to {path}")
 
 
@@ -227,6 +228,13 @@ def _tell_of_other_settings(cfg: CfgNode, score: dict) -> None:
         if extracted != value:
             told = f"was extracted with INFER.{key.upper()} {extracted}, not {value} as configured"
             print(f"note: {score['dataset']} {told}", file=sys.stderr)
+
+
+def _tell_of_own_queries(name: str, gnd_path: Path) -> None:
+    found = groundtruth.unlabelled_queries(groundtruth.load(gnd_path))
+    if found:
+        told = f"are database images too without a label for themselves, so each counts as wrong: {some(found)}"
+        print(f"note: {len(found)} queries of {name} {told}", file=sys.stderr)
 
 
 def _percent(fraction: float) -> float | None:

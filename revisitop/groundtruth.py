@@ -5,7 +5,6 @@ A file `gnd_<name>.pkl` is a pickled dict: `imlist` and `qimlist`, the names of 
 picture) and `easy`, `hard`, `junk`, lists of indices into `imlist`.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from revisitop import plain_pickle
 LABELS = ("easy", "hard", "junk")
 # Lists may be shared within a file, so a small file can stand for very many labels.
 MAX_LABELS = 10**8
+MAX_SIDE = 2**31  # pixels: NaN, infinity and integers that no float holds are larger
 
 
 class GroundTruthError(ValueError):
@@ -65,6 +65,16 @@ def load(path: str | os.PathLike) -> GroundTruth:
         return _parse(data)
     except GroundTruthError as error:
         raise GroundTruthError(f"{path}: {error}") from None
+
+
+def unlabelled_queries(truth: GroundTruth) -> list[str]:
+    """Queries that stand in `imlist` too and are not labelled there for themselves: they are ranked first, as wrong."""
+    index_of = {name: index for index, name in enumerate(truth.imlist)}
+    return [
+        name
+        for name, query in zip(truth.qimlist, truth.gnd, strict=True)
+        if name in index_of and not any(index_of[name] in getattr(query, label) for label in LABELS)
+    ]
 
 
 def _parse(data: Any) -> GroundTruth:
@@ -129,8 +139,8 @@ def _parse_query(entry: Any, images: int, budget: int) -> Query:
 
 def _parse_box(value: Any) -> tuple[float, float, float, float]:
     box = _as_list(value, "bbx")
-    if len(box) != 4 or not all(type(side) in (int, float) and math.isfinite(side) for side in box):
-        raise GroundTruthError("bbx is not 4 finite numbers x1, y1, x2, y2 (or None for the whole picture)")
+    if len(box) != 4 or not all(type(side) in (int, float) and abs(side) <= MAX_SIDE for side in box):
+        raise GroundTruthError("bbx is not 4 numbers of pixels x1, y1, x2, y2 (or None for the whole picture)")
     x1, y1, x2, y2 = map(int, box)  # pictures are cropped at truncated coordinates
     if x1 < 0 or y1 < 0 or x2 <= x1 or y2 <= y1:
         raise GroundTruthError(f"bbx {x1, y1, x2, y2} holds no pixel or begins outside the picture")

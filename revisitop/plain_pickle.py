@@ -80,9 +80,13 @@ class _Machine:
         elif name == "SETITEM":
             self._build("SETITEMS", [stack.pop(), stack.pop()][::-1])
         elif name not in _NOTHING and name != "STOP":
-            what = f" ({' '.join(arg.split())[:80]})" if name in ("GLOBAL", "INST") else ""
+            named = (
+                " ".join(map(str, stack[-2:])) if name == "STACK_GLOBAL" else arg if name in ("GLOBAL", "INST") else ""
+            )
+            what = f" ({' '.join(named.split())[:80]})" if named else ""
+            mend = "; write its arrays with .tolist() and its numbers with int() or float()" if "numpy" in what else ""
             raise PlainPickleError(
-                f"holds more than plain lists, dicts, text and numbers: opcode {name}{what}; nothing was executed"
+                f"holds more than plain lists, dicts, text and numbers: opcode {name}{what}; nothing was executed{mend}"
             )
 
     def _build(self, name: str, items: list[Any]) -> None:

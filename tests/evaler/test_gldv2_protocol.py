@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from evaler.features import FeaturesError, save
+from evaler.features import FeaturesError, Rejected, save
 from evaler.gldv2_protocol import main, read_solution, read_train_labels, recognition, retrieval, vote
 from tests.evaler.test_labelled_protocol import angles, features
 from tests.small_run import ROOT, child_environment
@@ -59,8 +60,28 @@ def test_votes():
 
 def test_a_query_without_descriptor(tmp_path):
     found = solution(tmp_path, RETRIEVAL + f"eee1,{X[0]},Public\n", "images")
-    with pytest.raises(FeaturesError, match="no descriptor of the query eee1, of 2 in the solution"):
+    with pytest.raises(FeaturesError, match="no descriptor of 1 queries of the solution: eee1"):
         retrieval(QUERIES, INDEX, found)
+
+
+def test_a_rejected_query_is_not_found(tmp_path, capsys):
+    """Half of the private queries is lost: 1/4 of the one that is left, over two. GAP: one right of two."""
+    lost = [Rejected(1, "b/b/b/bbb1.jpg", "truncated"), Rejected(4, "e/e/e/eee1.jpg", "truncated")]
+    some = features(["a/a/a/aaa1.jpg", "c/c/c/ccc1.jpg", "d/d/d/ddd1.jpg"], angles(0, 80, 85))
+    some = replace(some, rejected=lost)
+    scores = retrieval(some, INDEX, solution(tmp_path, RETRIEVAL, "images"))
+    assert scores["Private"] == pytest.approx(100 * (1 / 2) / 2)
+    found = solution(tmp_path, "id,landmarks,Usage\naaa1,7,Public\nbbb1,9,Public\neee1,,Public\n", "landmarks")
+    assert recognition(some, INDEX, LABELS, found, voting=1) == {"Public": pytest.approx(50)}
+    save(tmp_path / "test", "images", some)
+    save(tmp_path / "index", "images", INDEX)
+    (tmp_path / "r.csv").write_text(RETRIEVAL)
+    places = [str(tmp_path / name) for name in ("r.csv", "test", "index")]
+    main(["retrieval", *places, "--json", str(tmp_path / "o.json")])
+    assert "25.00   (2 queries, 1 of them rejected: nothing found, 4 images)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "o.json").read_text())["rejected"] == {"Public": 0, "Private": 1}
+    with pytest.raises(FeaturesError, match="no descriptor of 1 queries of the solution: fff1"):
+        retrieval(some, INDEX, solution(tmp_path, RETRIEVAL + f"fff1,{X[0]},Public\n", "images"))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +122,7 @@ def test_a_landmark_with_very_many_images(tmp_path):
 
 def test_two_images_of_one_id(tmp_path):
     twins = features(["x/aaa1.jpg", "y/aaa1.jpg"], angles(0, 1))
-    with pytest.raises(FeaturesError, match="x/aaa1.jpg and y/aaa1.jpg have one id"):
+    with pytest.raises(FeaturesError, match="x/aaa1.jpg and y/aaa1.jpg have one id, which"):
         retrieval(twins, INDEX, solution(tmp_path, RETRIEVAL, "images"))
     with pytest.raises(FeaturesError, match="have one id"):
         retrieval(QUERIES, twins, solution(tmp_path, RETRIEVAL, "images"))

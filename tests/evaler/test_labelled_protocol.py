@@ -77,7 +77,7 @@ def test_queries_of_another_set():
         aps.append(np.mean([sum(right[: k + 1]) / (k + 1) for k in range(5) if right[k]]))
     assert score["mAP"] == pytest.approx(100 * np.mean(aps))
     assert score["recall@1"] == pytest.approx(100 / 3) and score["recall@2"] == pytest.approx(200 / 3)
-    with pytest.raises(ValueError, match="no query has a label that an image has"):
+    with pytest.raises(ValueError, match="no query has a label that another image has"):
         score_labelled(SET, labels_of_folders(NAMES), asked=(asked, dict.fromkeys(asked.names, "z")))
     with pytest.raises(ValueError, match="no label of q/b, q/c, q/d, of 4 images"):
         score_labelled(SET, labels_of_folders(NAMES), asked=(asked, {"q/a": "a"}))
@@ -134,7 +134,7 @@ def test_the_command(tmp_path, capsys):
     main([str(tmp_path / "photos"), "--labels", str(tmp_path / "l.csv")])
     out, err = capsys.readouterr()
     assert out.splitlines()[2:] == done.stdout.splitlines()[2:]
-    assert err.endswith("l.csv has labels of images that are not in the set: gone\n")
+    assert err.endswith("l.csv has labels of 1 images that are not in the set, of 6: gone\n")
     assert json.loads((tmp_path / "score.json").read_text())["provenance"] == {"weights_sha256": "a"}
 
 
@@ -150,3 +150,28 @@ def test_the_command_with_queries_apart(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "photos"), "--queries", str(tmp_path / "other")])
     assert "differ in dimension (2 and 3)" in capsys.readouterr().err
+
+
+def test_a_query_that_is_an_image_too_does_not_find_itself(tmp_path, capsys):
+    """b/2 at 50 asks for b/1 at 10: a/2 c b/1 (place 3), not itself at place 1. Under another folder it is the same;
+    of another size or descriptor it is another photograph."""
+    asked = features(["other/2", "b/2"], angles(50, 52))
+    labels = {"other/2": "b", "b/2": "b"}
+    score = score_labelled(SET, labels_of_folders(NAMES), asked=(asked, labels), kappas=(1, 2, 3))
+    assert score["own"] == 1
+    assert (score["recall@1"], score["recall@2"], score["recall@3"]) == (50, 50, 100)
+    score = score_labelled(SET, labels_of_folders(NAMES), asked=(SET, labels_of_folders(NAMES)))
+    alone = score_labelled(SET, labels_of_folders(NAMES))
+    assert score["own"] == 5 and {key: score[key] for key in ("recall@1", "mAP", "mAP@R", "queries", "alone")} == {
+        key: alone[key] for key in ("recall@1", "mAP", "mAP@R", "queries", "alone")
+    }
+    # Of another label it is no wrong image for itself either.
+    mine = features(["b/2"], angles(50))
+    other = score_labelled(SET, labels_of_folders(NAMES), asked=(mine, {"b/2": "a"}), kappas=(1, 2))
+    assert other["recall@1"] == 100  # a/2 at 30
+    save(tmp_path / "photos", "images", SET)
+    save(tmp_path / "queries", "images", features(["b/2", "b/copy", "a/x"], angles(50, 10, 3)))
+    main([str(tmp_path / "photos"), "--queries", str(tmp_path / "queries")])
+    own, copy = capsys.readouterr().err.splitlines()
+    assert own == "note: 1 queries are images of the set too and do not find themselves: b/2"
+    assert copy.startswith("note: 1 queries have the descriptor of an image of another name") and "b/copy" in copy

@@ -121,6 +121,39 @@ def test_other_descriptors_are_another_collection(tmp_path):
 
 
 @needs_milvus
+@pytest.mark.parametrize(
+    ("dim", "metric", "rows", "message"),
+    [
+        (16, "IP", range(1, 31), "holds 1 rows that are no images"),
+        (16, "IP", range(-1, 29), "holds 1 rows that are no images"),
+        (16, "IP", range(29, -1, -1), "its scores are not those of the descriptors here"),
+        (8, "IP", range(30), "has not the fields row and vector of 16 numbers"),
+        (16, "L2", range(30), "by the metric L2, not IP"),
+    ],
+)
+def test_a_collection_is_not_believed_for_its_name(tmp_path, dim, metric, rows, message):
+    """As another program, or a mistake, may have made it."""
+    from pymilvus import DataType
+
+    vectors, uri = described(tmp_path / "set", count=30), str(tmp_path / "a.db")
+    name = name_of(tmp_path / "set", "images")
+    with milvus_index._connected(uri) as client:
+        schema = client.create_schema(auto_id=False)
+        schema.add_field("row", DataType.INT64, is_primary=True)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
+        index = client.prepare_index_params()
+        index.add_index("vector", index_type="FLAT", metric_type=metric)
+        client.create_collection(name, schema=schema, index_params=index, consistency_level="Strong")
+        client.insert(name, [{"row": row, "vector": vector[:dim]} for row, vector in zip(rows, vectors, strict=True)])
+    with pytest.raises(ValueError, match=message) as caught:
+        search(uri, tmp_path / "set", "images", vectors[:2], 3)
+    assert "\n" not in str(caught.value) and "a.db" in str(caught.value)
+    if "scores" not in message:
+        with pytest.raises(MilvusError, match=message):
+            build(uri, tmp_path / "set", "images")
+
+
+@needs_milvus
 def test_the_commands(extracted, capsys, tmp_path):  # noqa: F811
     uri = ["SEARCH.URI", str(tmp_path / "a.db")]
     with pytest.raises(SystemExit):

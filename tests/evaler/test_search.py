@@ -1,6 +1,7 @@
 """Searching an extracted folder by photographs, exactly and by a faiss index, and adding to it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 
 from core.arguments import split_settings
+from core.config import load_cfg
+from core.environment import sha256_file
 from evaler import extract, faiss_index, features, indexing, neighbours
 from evaler.arguments import find_collection
+from evaler.checked_results import check_found
 from evaler.features import Features, FeaturesError, save
 from tests.evaler.test_describer import MODELS, write_weights
 from tests.small_run import ROOT, child_environment, overrides, photograph, write_image
@@ -117,8 +121,6 @@ def some_features(names, seed=0, **provenance):
 def test_an_approximate_index_has_the_recall_it_tells(tmp_path):
     faiss = pytest.importorskip("faiss")
     save(tmp_path, "images", some_features([str(i) for i in range(3000)]))
-    from core.config import load_cfg
-
     found = {}
     for probes in (1, 64):
         cfg = load_cfg(None, ["SEARCH.INDEX", "IVF64,Flat", "SEARCH.PARAMETERS", f"nprobe={probes}", "NUM_GPUS", "0"])
@@ -133,6 +135,138 @@ def test_an_approximate_index_has_the_recall_it_tells(tmp_path):
     save(tmp_path, "images", some_features(["a", "b"]))
     with pytest.raises(FeaturesError, match="of other descriptors"):
         faiss_index.read(cfg, tmp_path, "images")
+
+
+SEARCHED = ["SEARCH.INDEX", "Flat", "NUM_GPUS", "0"]
+
+
+def put_index(folder, index):
+    """With a description that fits it."""
+    faiss = pytest.importorskip("faiss")
+    path, told = faiss_index.paths(folder, "images")
+    faiss.write_index(index, str(path))
+    npy = features.read_manifest(folder, "images")["sha256"]["npy"]
+    told.write_text(json.dumps({"factory": "Flat", "npy_sha256": npy, "sha256": sha256_file(path)}))
+
+
+def filled(factory, dim=8, count=20, metric=0, ids=None):
+    faiss = pytest.importorskip("faiss")
+    index = faiss.index_factory(dim, factory, metric)
+    vectors = np.random.default_rng(0).normal(size=(count, dim)).astype(np.float32)
+    index.add(vectors) if ids is None else index.add_with_ids(vectors, ids)
+    return index
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"dim": 9}, "holds 20 x 9 numbers, the descriptors are 20 x 8"),
+        ({"count": 19}, "holds 19 x 8 numbers, the descriptors are 20 x 8"),
+        ({"metric": 1}, "orders by another metric than the inner product"),
+        ({"factory": "L2norm,Flat", "metric": 1}, "orders by another metric than the inner product"),
+        ({"factory": "IDMap,Flat", "ids": np.arange(20)}, "numbers of its own"),
+    ],
+)
+def test_an_index_is_not_believed_for_its_description(tmp_path, how, message):
+    save(tmp_path, "images", some_features([str(i) for i in range(20)]))
+    put_index(tmp_path, filled(**{"factory": "Flat"} | how))
+    with pytest.raises(FeaturesError, match=message):
+        faiss_index.read(load_cfg(None, SEARCHED), tmp_path, "images")
+
+
+@pytest.mark.parametrize(
+    ("scores", "rows", "message"),
+    [
+        ([2, 1], [0, 5], "rows that are none of the 5 images"),
+        ([2, 1], [-2, 0], "rows that are none of the 5 images"),
+        ([2, 1], [3, 3], "one image twice"),
+        ([1, 2], [0, 1], "scores do not fall"),
+        ([np.nan, 1], [0, 1], "not finite"),
+        ([2, 1], [-1, 1], "behind empty places"),
+    ],
+)
+def test_results_are_not_believed(scores, rows, message):
+    scores, rows = np.array([scores], np.float32), np.array([rows])
+    with pytest.raises(FeaturesError, match=message):
+        check_found(scores, rows, 5, source="SEARCH.INDEX")
+    check_found(np.array([[2, 1, -9]], np.float32), np.array([[4, 0, -1]]), 5, source="SEARCH.INDEX")
+
+
+@pytest.mark.parametrize(
+    ("factory", "parameters", "message"),
+    [
+        ("IVF8,Flat", "nonsense=3", "SEARCH.PARAMETERS nonsense=3: faiss refuses it"),
+        ("IVF8,Flat", "nprobe=0", "faiss refuses it"),
+        ("NSG8", "", "SEARCH.INDEX NSG8: faiss refuses it"),
+        ("IDMap,Flat", "", "SEARCH.INDEX IDMap,Flat: faiss refuses it"),
+    ],
+)
+def test_what_faiss_refuses_is_told_before_anything_is_built(tmp_path, monkeypatch, factory, parameters, message):
+    pytest.importorskip("faiss")
+    save(tmp_path, "images", some_features([str(i) for i in range(100)]))
+    monkeypatch.setattr(faiss_index, "chunks", lambda vectors: pytest.fail("a build has begun"))
+    cfg = load_cfg(None, ["SEARCH.INDEX", factory, "SEARCH.PARAMETERS", parameters, "NUM_GPUS", "0"])
+    with pytest.raises(ValueError, match=message) as caught:
+        faiss_index.build(cfg, tmp_path, "images")
+    assert "\n" not in str(caught.value) and sorted(os.listdir(tmp_path)) == ["images.json", "images.npy", "images.tsv"]
+
+
+def test_an_index_is_there_before_its_recall_is_measured(tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    save(tmp_path, "images", some_features([str(i) for i in range(20)]))
+    cfg = load_cfg(None, SEARCHED)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(faiss_index, "measure_recall", killed)
+    with pytest.raises(KeyboardInterrupt):
+        faiss_index.build(cfg, tmp_path, "images")
+    assert faiss_index.read(cfg, tmp_path, "images").ntotal == 20
+    save(tmp_path, "images", some_features([str(i) for i in range(20)], seed=1))
+    monkeypatch.setattr(faiss_index, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        faiss_index.build(cfg, tmp_path, "images")
+    with pytest.raises(FeaturesError, match="no index; build it"):  # not the new one under the old description
+        faiss_index.read(cfg, tmp_path, "images")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"factory": [], "npy_sha256": {}, "sha256": 1}'])
+def test_a_description_of_anything(tmp_path, content):
+    pytest.importorskip("faiss")
+    save(tmp_path, "images", some_features(["a"]))
+    (tmp_path / "images.faiss.json").write_bytes(content)
+    with pytest.raises(FeaturesError, match="not the description of an index"):
+        faiss_index.read(load_cfg(None, SEARCHED), tmp_path, "images")
+
+
+def test_a_broken_photograph_costs_no_other_its_results(extracted, capsys, tmp_path):
+    root, _ = extracted
+    (root / "asked").mkdir()
+    for name in ("b.png", "c.png"):
+        (root / "asked" / name).write_bytes((root / "photos" / "1" / "03.png").read_bytes())
+    (root / "asked" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as caught:
+        command(extracted, capsys, "--json", str(tmp_path / "f.json"), queries=("asked", "absent.png"))
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out.count("1.0000  1/03.png") == 2
+    assert [line.split(": ")[1] for line in err.splitlines()] == [str(root / "asked/a.png"), str(root / "absent.png")]
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert [one["query"] for one in found] == [str(root / "asked" / name) for name in ("b.png", "c.png")]
+    (root / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        command(extracted, capsys, queries=("empty",))
+    assert "empty: no photographs in this folder" in capsys.readouterr().err
+
+
+def test_results_are_written_before_they_are_printed(extracted, capsys, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "stdout")
+
+    monkeypatch.setattr(neighbours, "print", full, raising=False)
+    with pytest.raises(SystemExit):
+        command(extracted, capsys, "--json", str(tmp_path / "f.json"))
+    assert json.loads((tmp_path / "f.json").read_text())[0]["found"][0]["name"] == "1/03.png"
 
 
 def test_images_are_added_with_their_names(tmp_path):
