@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from core.counter import bar
 from revisitop.scores import ROWS_A_CHUNK, Rows, by_chunks, exact_scores, first_bad, near_scores
 
 EXACT_AT_ONCE = 1024  # rows that are copied to float64
+QUERIES_AT_ONCE = 256  # whose scores of a chunk are held: 16 MB a thread
+QUERIES_A_PASS = 8192  # whose best images are held by each thread while the database is read once
 
 
 def top_k(
@@ -15,7 +18,8 @@ def top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores float32 [Q, K] and indices int64 [Q, K] of the K = min(k, N) images with the highest dot products.
 
-    queries: [Q, D]; database: [N, D], possibly memory-mapped. Memory does not grow with N.
+    queries: [Q, D]; database: [N, D], possibly memory-mapped. Memory does not grow with N, and with Q only what is
+    returned; the database is read once for every 8192 queries.
     exclude: of each query an image (its own, -1 for none) that is not to be found; K is then at most N - 1.
     From the highest score to the lowest, equal ones by the smaller index. They are compared as float64
     (`revisitop.scores`), so that neither chunks nor threads change the result.
@@ -32,22 +36,33 @@ def top_k(
     own = [-1] * len(queries) if exclude is None else [int(image) for image in exclude]
     k = max(0, min(k, count - any(image >= 0 for image in own)))
 
-    def search(slices: Iterator[slice]) -> list[_Best]:
+    scores, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    passes = [slice(first, first + QUERIES_A_PASS) for first in range(0, len(queries), QUERIES_A_PASS)] if k else []
+    total = count * len(passes)
+    with bar(None, "searching", unit="image", total=total, delay=1, leave=False, disable=not shown) as progress:
+        for some in passes:
+            found = _search(queries[some], database, k, own[some], progress)
+            scores[some], indices[some] = [best.scores for best in found], [best.indices for best in found]
+    return scores, indices
+
+
+def _search(queries: np.ndarray, database: Rows, k: int, own: Sequence[int], progress: tqdm) -> "list[_Best]":
+    blocks = [slice(first, first + QUERIES_AT_ONCE) for first in range(0, len(queries), QUERIES_AT_ONCE)]
+
+    def share(slices: Iterator[slice]) -> list[_Best]:
         found = [_Best(query, k, image) for query, image in zip(queries, own, strict=True)]
         for rows in slices:
             chunk = np.asarray(database[rows])
-            for best, near, margin in zip(found, *near_scores(queries, chunk, rows.start), strict=True):
-                best.add(rows.start, chunk, near, margin)
+            for some in blocks:
+                for best, near, margin in zip(found[some], *near_scores(queries[some], chunk, rows.start), strict=True):
+                    best.add(rows.start, chunk, near, margin)
         return found
 
-    with bar(None, "searching", unit="image", total=count, delay=1, leave=False, disable=not shown) as progress:
-        shares = by_chunks(search, count if k else 0, size=ROWS_A_CHUNK, bar=progress)
-    scores, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-    for number, of_one in enumerate(zip(*shares, strict=True)):
-        for best in of_one[1:]:
-            of_one[0].merge(best.scores, best.indices)
-        scores[number], indices[number] = of_one[0].scores, of_one[0].indices
-    return scores, indices
+    shares = by_chunks(share, database.shape[0], size=ROWS_A_CHUNK, bar=progress)
+    for first, *others in zip(*shares, strict=True):
+        for best in others:
+            first.merge(best.scores, best.indices)
+    return shares[0]
 
 
 class _Best:

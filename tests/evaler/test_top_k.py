@@ -28,6 +28,8 @@ def test_equal_to_sorting(seed, kind, count, k, excluding):
     exclude = rng.integers(0, count, 3) if excluding else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ROWS_A_CHUNK", int(rng.integers(1, 70)))
+        patch.setattr(module, "QUERIES_AT_ONCE", int(rng.integers(1, 4)))
+        patch.setattr(module, "QUERIES_A_PASS", int(rng.integers(1, 4)))
         scores, indices = top_k(queries, database, k, exclude=exclude)
     for (order, expected), found, at in zip(sorted_(queries, database, k, exclude), scores, indices, strict=True):
         assert at.tolist() == order
@@ -84,6 +86,18 @@ def test_memory_does_not_grow_with_the_database(alike):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 2 * peaks[0]  # how the threads overlap makes a difference
+
+
+def test_memory_does_not_grow_with_the_scores_of_all_queries(monkeypatch):
+    """4,000 queries: their scores of one chunk are 260 MB a thread."""
+    rng = np.random.default_rng(3)
+    queries, database = (rng.normal(size=(count, 2)).astype(np.float32) for count in (4000, 16384))
+    monkeypatch.setattr(module, "QUERIES_A_PASS", 2000)
+    tracemalloc.start()
+    top_k(queries, database, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64e6
 
 
 def test_scores_that_float32_cannot_tell_apart(monkeypatch):
