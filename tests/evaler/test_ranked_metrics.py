@@ -1,5 +1,7 @@
 """Metrics by hand, and against slower versions of themselves."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -111,3 +113,18 @@ def test_ranks_agree_with_lists(ranks):
     assert average_precision(array) == pytest.approx(average_precision_at(found, relevant, 41))
     at_r = sum(len([j for j in ranks if j <= i]) / (i + 1) for i in ranks if i < len(ranks)) / len(ranks)
     assert average_precision_at_r(array) == pytest.approx(at_r)
+
+
+def test_google_landmarks_by_its_official_code():
+    """The numbers are of metrics.py of tensorflow/models (research/delf, google_landmarks_dataset) for these rankings:
+    queries without landmark, without prediction, equal confidences, images found twice, queries with nothing found."""
+    draw = random.Random(7)
+    names = [f"q{i:02d}" for i in range(30)]
+    landmarks = {q: {str(draw.randrange(4)) for _ in range(draw.randrange(3))} for q in names}
+    taken = {q: Prediction(str(draw.randrange(4)), draw.randrange(8) / 8) for q in names if draw.random() < 0.8}
+    relevant = {q: {f"i{draw.randrange(200)}" for _ in range(draw.randrange(1, 150))} for q in names[:12]}
+    found = {q: [f"i{draw.randrange(200)}" for _ in range(draw.randrange(140))] for q in names[:11]}
+    assert (len(taken), sum(map(bool, landmarks.values()))) == (25, 18)
+    assert global_average_precision(taken, landmarks) == pytest.approx(0.15141345715335036, abs=1e-14)
+    assert mean_average_precision_at(found, relevant) == pytest.approx(0.08729380942573171, abs=1e-14)
+    assert mean_average_precision_at(found, relevant, 10) == pytest.approx(0.13937830687830685, abs=1e-14)

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from revisitop.groundtruth import GroundTruthError, load
+from revisitop.groundtruth import GroundTruthError, load, unlabelled_queries
 
 GOOD = {
     "imlist": ["a", "b", "sub/c", "d"],
@@ -111,13 +111,18 @@ def changed(*steps, value):
         (changed("gnd", 0, "bbx", value=[0, 0, float("nan"), 5]), "bbx is not 4 numbers of pixels"),
         (changed("gnd", 0, "bbx", value=[0, 0, float("inf"), 5]), "bbx is not 4 numbers of pixels"),
         (changed("gnd", 0, "bbx", value=[0, 0, "5", 5]), "bbx is not 4 numbers of pixels"),
+        (changed("gnd", 0, "bbx", value=[0, 0, 10**400, 5]), "bbx is not 4 numbers of pixels"),
+        (changed("gnd", 0, "bbx", value=[0, 0, -(10**400), 5]), "bbx is not 4 numbers of pixels"),
+        (changed("gnd", 0, "bbx", value=[0, 0, 1e300, 5]), "bbx is not 4 numbers of pixels"),
+        (changed("gnd", 0, "bbx", value=[0, 0, True, 5]), "bbx is not 4 numbers of pixels"),
         (changed("gnd", 0, "bbx", value="0123"), "bbx is not a list but a str"),
         (changed("gnd", 0, "bbx", value=[5, 0, 5, 9]), "bbx .* holds no pixel"),
         (changed("gnd", 0, "bbx", value=[5.1, 0, 5.9, 9]), "bbx .* holds no pixel"),
         (changed("gnd", 0, "bbx", value=[0, 9, 5, 2]), "bbx .* holds no pixel"),
         (changed("gnd", 0, "bbx", value=[-2, 0, 5, 9]), "begins outside the picture"),
         (np.arange(3), "nothing was executed"),
-        (changed("gnd", 0, "easy", value=np.array([0])), "nothing was executed"),
+        (changed("gnd", 0, "easy", value=np.array([0])), r"numpy.* nothing was executed; .*\.tolist\(\)"),
+        (pickle.dumps(changed("gnd", 0, "easy", value=np.array([0])), 4), r"numpy.*\.tolist\(\)"),
         (pickle.dumps(GOOD)[:-20], "damaged or not a pickle"),
         (b"", "damaged or not a pickle"),
     ],
@@ -149,3 +154,12 @@ def test_shared_lists_do_not_multiply(tmp_path, monkeypatch):
     data = {"imlist": list("abcd"), "qimlist": ["q0", "q1", "q2"], "gnd": [labels] * 3}
     with pytest.raises(GroundTruthError, match=r"query 2 \(q2\): the file holds more than 10 labels"):
         load(write(tmp_path, data))
+
+
+def test_queries_that_are_database_images_without_a_label_for_themselves(tmp_path):
+    """Ranked first, and wrong: told of. Labelled junk they are taken out of the ranking."""
+    assert unlabelled_queries(load(write(tmp_path, GOOD))) == []
+    data = {**GOOD, "qimlist": ["d", "a"]}  # d has the label of no image for itself, nor has a
+    assert unlabelled_queries(load(write(tmp_path, data))) == ["d", "a"]
+    data = {**GOOD, "qimlist": ["q0", "d"]}  # junk: [3]
+    assert unlabelled_queries(load(write(tmp_path, data))) == []
