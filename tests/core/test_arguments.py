@@ -51,9 +51,7 @@ def test_an_error_is_one_line(capsys):
     with pytest.raises(SystemExit) as raised:
         Parser(prog="x").parse_args(["--unheard\x1b[2J", "of"])
     assert raised.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: unrecognized arguments: --unheard\\x1b[2J of (--help shows the usage)\n"
-    )
+    assert capsys.readouterr().err == ("error: unrecognized arguments: --unheard\\x1b[2J of (--help shows the usage)\n")
 
 
 def test_an_option_of_no_command_and_a_setting_that_is_none(tmp_path):

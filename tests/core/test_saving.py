@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from core import trainer
-from core.checkpoint import checkpoint_path
+from core.checkpoint import checkpoint_path, write_checkpoint
 from core.config import load_cfg
 from core.logging import setup_logging
+from core.resume import state_of
 from core.step import TrainStep
 from tests.core.test_exact_resume import differences
 from tests.small_run import SMALL_MODEL, SMALL_TRAINING, free_port, landmarks, overrides, script, start
@@ -179,6 +180,27 @@ def test_a_published_checkpoint_goes_on_as_the_same_run(data_dir, tmp_path, deca
     trainer.train(load_cfg(None, settings(data_dir, other, here)))
     a, b = content(whole), content(other)
     assert differences(a["model_state"], b["model_state"]) == []
+
+
+def test_numbers_without_names_are_those_of_the_settings_they_were_written_with(data_dir, tmp_path):
+    """As our own checkpoints were before they held names: of frozen parts there is nothing to number."""
+    then = {"TRAIN.FREEZE_AT": 2, "MODEL.GEM.TRAINABLE": False, "OPTIM.HEAD_LR_MULT": 10.0}
+    cfg = load_cfg(None, settings(data_dir, tmp_path, then, {"BN.USE_CUSTOM_WEIGHT_DECAY": True}))
+    before, now = (trainer.Run(c, torch.device("cpu")) for c in (cfg, load_cfg(None, settings(data_dir, tmp_path))))
+    for entry in before.optimizer.state.values():
+        entry["momentum_buffer"].normal_()
+    before.position.epochs_done = 1
+    path = checkpoint_path(tmp_path, 1)
+    write_checkpoint(state_of(cfg, before.model, before.optimizer, before.position), path)
+    as_published(path)
+    now.resume(path)
+    parameters = dict(before.model.named_parameters())
+    for name, parameter in now.model.named_parameters():
+        there = before.optimizer.state.get(parameters[name], {}).get("momentum_buffer", torch.zeros(()))
+        assert torch.equal(now.optimizer.state[parameter]["momentum_buffer"], there.expand_as(parameter)), name
+    torch.save({**torch.load(path, weights_only=True), "iteration": 3}, path)
+    with pytest.raises(ValueError, match=r"model_epoch_0001\.pyth: iteration 3 of an epoch that has 2$"):
+        now.resume(path)
 
 
 # Four runs one after the other, each by both processes.
