@@ -375,6 +375,13 @@ def test_shards_take_over_their_parts(place, trust):
     place.check()
 
 
+def test_what_workers_read_is_known(place):
+    assert place.run(INFER__NUM_WORKERS=1) == 10
+    place.add(20)
+    assert place.run(INFER__NUM_WORKERS=1) == 1
+    place.check()
+
+
 def test_batches_take_over_what_is_the_same_up_to_rounding(place, capsys):
     place.run(INFER__BATCH_SIZE=3)
     place.add(20, 21)
