@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,3 +237,29 @@ def test_no_worker_outlives_the_main_process_nor_prints_anything(how):
     assert gone(pids)
     expected = {"exit": 0, "crash": 1, "SIGINT": 1}
     assert errors.count("Traceback") == expected.get(how, 0), errors
+
+
+FULL = """
+mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full && exec "$@"
+"""
+WITHOUT_SHARED_MEMORY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from datasets.workers import Workers
+from tests.loader_sets import Does
+
+print(sum(item[2].size for item in Workers(Does(), count=2, slot=0, limit=60).map([key] for key in range(40))))
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="NOT CHECKED: mounting a small /dev/shm needs root",
+)
+def test_a_full_dev_shm_does_not_matter():
+    """Docker gives 64 MB. Semaphores and tensors of other loaders lie there."""
+    command = ["unshare", "-m", "sh", "-c", FULL, "sh", sys.executable, "-c", WITHOUT_SHARED_MEMORY, str(ROOT)]
+    ended = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.stdout.split(), ended.stderr) == (["2400000"], "")
