@@ -19,7 +19,8 @@ Stricter than `imread`:
 
 - a file that is cut off is refused, in a JPEG also one whose compressed data end early or are left over: libjpeg fills
   what is missing with grey and only prints a warning. Flipped bits that leave the data readable are not detected, nor
-  is damage in WebP, in BMP and in TIFFs that are neither plain nor deflated. PNGs carry checksums and are checked;
+  is damage in WebP, in BMP and in TIFFs that are neither plain nor deflated. A PNG's chunks carry checksums and are all
+  checked, those without pixels too;
 - MAX_PIXELS, MAX_BYTES and bounds on the number of scans, segments and chunks keep a decode below 1 GB and, for what
   expands from a small file, 5 seconds. The size is read from the header, before anything is decoded, and compared with
   what is decoded.

@@ -34,7 +34,7 @@ def cleaned(data: bytes) -> bytes:
     """The PNG with nothing but what makes its pixels. Raises ImageError if it is cut off or damaged."""
     header, depth, colour = read_png(data), data[24], data[25]
     position, kinds, has_exif = len(_SIGNATURE), [], False
-    parts, kept, view = [], [_SIGNATURE], memoryview(data)
+    parts, kept, view, before = [], [_SIGNATURE], memoryview(data), b""
     for _ in range(_MOST_CHUNKS):
         length, name = int.from_bytes(view[position : position + 4], "big"), bytes(view[position + 4 : position + 8])
         start, end = position + 8, position + 12 + length
@@ -46,6 +46,9 @@ def cleaned(data: bytes) -> bytes:
             raise ImageError(f"damaged PNG (wrong checksum of its {name!a} chunk)")
         if not _NAME.fullmatch(name):
             raise ImageError(f"damaged PNG (no chunk is called {name!a})")
+        if name == b"IDAT" and parts and before != b"IDAT":
+            raise ImageError("damaged PNG (its IDAT chunks are apart)")
+        before = name
         if name[:1].islower() and name != b"eXIf":
             continue
         chunk = view[start - 8 : end]

@@ -1,5 +1,6 @@
 """Which files of a long list are not there, without asking for each of them."""
 
+import errno
 import os
 
 import numpy as np
@@ -28,3 +29,7 @@ def _files_of(folder: str) -> set[str]:
             return {entry.name for entry in entries if entry.is_file()}
     except (FileNotFoundError, NotADirectoryError):
         return set()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # no folder can be called so
+            return set()
+        raise

@@ -239,6 +239,9 @@ def _pngs() -> list[Kind]:
             _file(f"chunk-with-{what}.png", png(width, height, idat, before=chunk(name, b"")), "no chunk is called")
             for what, name in (("reserved-bit", b"eXif"), ("zero-in-its-name", b"a\0Bc"), ("no-letter", b"a&Bc"))
         ),
+        _file(
+            "text-between-data.png", plain[:-12] + chunk(b"tEXt", b"a\0b") + chunk(b"IDAT", b"") + plain[-12:], "apart"
+        ),
         _file("turned.png", turned, pixels=np.rot90(image, -1)),
         _file("many-chunks.png", png(width, height, idat, before=chunks), "more than 100000 chunks"),
         _file("announces-60000.png", png(60_000, 60_000, zlib.compress(bytes(999))), "60000 x 60000 pixels"),

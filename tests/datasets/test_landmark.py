@@ -116,6 +116,11 @@ def test_existing_images_pass_with_one_scan_a_folder_and_no_stat(tmp_path, monke
     assert sorted(scanned) == sorted({os.path.dirname(path) for path in paths})
 
 
+def test_a_folder_whose_name_is_too_long_is_a_missing_one(tmp_path):
+    with pytest.raises(ListError, match=r"line 1: no such image: .*x/b\.jpg \(1 of 1 listed images missing\)$"):
+        check_files("list.txt", [f"{tmp_path}/{'x' * 5000}/b.jpg"])
+
+
 @pytest.mark.parametrize("bad", ["a/gone.png", "nowhere/x.png", "a/0.png/x.png", "a", "dangling.png", "a/0.png/"])
 def test_the_first_missing_image_is_named(tmp_path, bad):
     write_images(tmp_path, ["a/0.png", "b/1.png"])
