@@ -96,6 +96,7 @@ def test_a_run_from_start_to_end(configured, capsys):
         "model_best.pyth",
         "model_epoch_0002.pyth",
         "model_epoch_0003.pyth",
+        "stdout.log",
     ]
     assert load_cfg(folder / "config.yaml") == cfg
     content = torch.load(newest(folder), weights_only=True)
