@@ -25,6 +25,7 @@ from core.interrupt import Interrupted, Stopped
 from core.launch import restarts
 from core.lock import folder_lock
 from core.logging import log, log_failure, log_stats, setup_logging
+from core.memory import memory_warning
 from core.meters import Clock, memory_mb
 from core.optimizer import set_learning_rate
 from core.output import log_file, tensorboard_folder, write_config
@@ -139,7 +140,8 @@ class Run:
             gflops = count_gflops(builders.build_descriptor(self.cfg), self.cfg.TRAIN.IM_SIZE)
         labels, test_loader = self.train_loader.dataset.labels, self.evaluate.loader
         validated = len(test_loader.dataset) if test_loader else 0
-        return start_report(self.cfg, self.model, self.device, gflops=gflops, labels=labels, validated=validated)
+        report = start_report(self.cfg, self.model, self.device, gflops=gflops, labels=labels, validated=validated)
+        return report + memory_warning(self.cfg, self.model, self.device)
 
     def train(self) -> None:
         with self.faults:
