@@ -42,7 +42,7 @@ NAMES_SHOWN = 3
 # float32 normalisation is exact to 1e-7, half precision to 1e-3.
 NORM_TOLERANCE = 2e-3
 # What NumPy raises for damaged headers.
-_NPY_ERRORS = (
+NPY_ERRORS = (
     *(ValueError, OSError, EOFError, TypeError, OverflowError, MemoryError),
     *(SyntaxError, RecursionError, tokenize.TokenError),
 )
@@ -202,7 +202,7 @@ def load(folder: str | os.PathLike, collection: str) -> Features:
             raise FeaturesError(f"{path}: is not the file its manifest describes (sha256); extract it again")
     try:
         vectors = np.lib.format.open_memmap(npy, mode="r")  # unlike np.load it reads no .npz and no pickle
-    except _NPY_ERRORS as error:
+    except NPY_ERRORS as error:
         raise FeaturesError(f"{npy}: not an array of numbers: {_one_line(error)}") from None
     if not (vectors.dtype.isnative and vectors.flags.c_contiguous):
         raise FeaturesError(f"{npy}: not in the order of bytes and rows of this machine; extract it again")

@@ -3,8 +3,11 @@
 Jegou and Chum, Negative evidences and co-occurences in image retrieval: the benefit of PCA and whitening, ECCV 2012.
 """
 
+import io
 import json
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +16,15 @@ import numpy as np
 from core.arguments import Parser
 from core.environment import atomic_write, entry_point
 from evaler.arguments import find_collection
-from evaler.features import check_length, chunks, load, read_manifest
+from evaler.features import NPY_ERRORS, check_length, chunks, load, read_manifest
+from evaler.json_files import parse, read_bytes
 from evaler.provenance import LIST_KEYS, MACHINE_KEYS, without
 
 SMALLEST = 1e-9  # variance, of the largest one: directions with less hold rounding errors only
 # Between the descriptors it was learned on and those it is used for.
 MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
+MOST_BYTES = 2**30
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError)  # RuntimeError: encrypted, other compression
 _ARRAYS = ("mean", "projection", "learned_on")
 
 
@@ -72,28 +78,37 @@ def write(path: Path, whitening: Whitening) -> None:
 
 
 def read(path: Path) -> Whitening:
-    """Raises `ValueError` naming a file that is missing or no whitening; nothing in it is executed."""
+    """Raises `ValueError` naming a file that is missing, damaged or no whitening; nothing in it is executed."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            mean, projection, told = (file[key] for key in _ARRAYS)
-        whitening = Whitening(mean, projection, json.loads(told.tobytes()))
-        good = mean.dtype == projection.dtype == np.float64 and mean.ndim == 1 and projection.ndim == 2
-        good = good and projection.shape[0] == len(mean) >= projection.shape[1] > 0
-        good = good and np.isfinite(mean).all() and np.isfinite(projection).all() and type(whitening.learned_on) is dict
+        return _parsed(read_bytes(path, MOST_BYTES))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such whitening; evaler/whiten.py learns one") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
-        good = False
-    if not good:
-        raise ValueError(f"{path}: not a whitening of evaler/whiten.py; learn it again")
-    return whitening
+    except (OSError, KeyError, IndexError, EOFError, AttributeError, MemoryError, *NPY_ERRORS, *_ZIP_ERRORS):
+        raise ValueError(f"{path}: not a whitening of evaler/whiten.py, or damaged; learn it again") from None
+
+
+def _parsed(data: bytes) -> Whitening:
+    """Of the content of a file. Raises what NumPy and zipfile do, and `ValueError` for values of other kinds."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if archive.testzip() is not None:  # NumPy does not look at the checksums
+            raise ValueError("damaged")
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        mean, projection, told = (file[key] for key in _ARRAYS)
+    learned_on = parse(told.tobytes())
+    if not (mean.dtype == projection.dtype == np.float64 and mean.ndim == 1 and projection.ndim == 2):
+        raise ValueError("arrays of another kind")
+    if not projection.shape[0] == len(mean) >= projection.shape[1] > 0:
+        raise ValueError("arrays of shapes that do not fit")
+    if not (np.isfinite(mean).all() and np.isfinite(projection).all()):
+        raise ValueError("not finite")
+    if type(learned_on) is not dict or type(learned_on.get("provenance", {})) is not dict:
+        raise ValueError("does not tell what it was learned on")
+    return Whitening(mean, projection, learned_on)
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description="Learn PCA whitening on an extracted set; use it with SCORE.WHITENING."
-    )
+    parser = Parser(description="Learn PCA whitening on an extracted set; use it with SCORE.WHITENING.")
     parser.add_argument("learned_on", type=Path, metavar="SET", help="OUT_DIR/features/<set>, or <set>/<collection>")
     parser.add_argument("output", type=Path, metavar="OUT.npz", help="where to write it")
     parser.add_argument("--dim", type=int, default=0, help="dimensions to keep (default: all)")

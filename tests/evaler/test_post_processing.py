@@ -58,6 +58,17 @@ def test_a_whitening_on_disk(tmp_path):
     assert read.learned_on == {"set": "x"} and read.dim == 3
 
 
+def test_a_damaged_whitening_is_refused(tmp_path):
+    """NumPy takes a flipped bit of a number as it is."""
+    path = tmp_path / "w.npz"
+    whitening.write(path, Whitening(np.zeros(3), np.full((3, 3), 0.5), {}))
+    data = bytearray(path.read_bytes())
+    data[data.index(np.float64(0.5).tobytes()) + 6] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="w.npz: not a whitening of evaler/whiten.py, or damaged"):
+        whitening.read(path)
+
+
 class Payload:
     def __reduce__(self):
         return open, ("ran", "w")
@@ -72,6 +83,9 @@ class Payload:
         {"mean": np.full(3, np.nan), "projection": np.zeros((3, 2)), "learned_on": np.frombuffer(b"{}", np.uint8)},
         {"mean": np.zeros(3), "projection": np.zeros((3, 2)), "learned_on": np.frombuffer(b"[]", np.uint8)},
         {"mean": np.zeros(3), "projection": np.zeros((3, 2)), "learned_on": np.frombuffer(b"{", np.uint8)},
+        {"mean": np.zeros(3), "projection": np.eye(3), "learned_on": np.frombuffer(b"[" * 99_999, np.uint8)},
+        {"mean": np.zeros(3), "projection": np.eye(3), "learned_on": np.frombuffer(b'{"provenance": []}', np.uint8)},
+        {"mean": np.zeros(3), "projection": np.eye(3), "learned_on": np.frombuffer(b"9" * 5000, np.uint8)},
         {"mean": np.array([Payload()]), "projection": np.zeros((3, 2)), "learned_on": np.frombuffer(b"{}", np.uint8)},
     ],
 )
