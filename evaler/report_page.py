@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from html import escape
@@ -17,6 +18,7 @@ from evaler.report_content import FOLDERS, Run, own_page, revisited_page
 from evaler.report_pictures import Shown
 
 SOURCES = Path(__file__).parent / "page"
+FOLDERS_OF_A_PATH = re.compile(r"(?<![\w/])(?:~|\.{1,2})?/(?:[^/:]*/)*")  # from its first slash to its last
 OWN_QUERIES = 70  # images of one's own that are asked for, as many as ROxford has queries
 
 
@@ -24,12 +26,28 @@ def page_bytes(content: Mapping) -> bytes:
     """The page of what `report_content` gives. All is inside it, and it may load nothing from elsewhere."""
     html, style, script = ((SOURCES / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     # Names of files come from anywhere: within the JSON no tag can begin, and only our own script runs.
-    data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(without_places(content), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {"TITLE": escape(content["title"]), "DIGEST": digest, "STYLE": style, "SCRIPT": script, "DATA": data}
     before, *rest = html.split("@@")  # text, name, text, name, ..., text
     texts = (parts[name] + text for name, text in zip(rest[::2], rest[1::2], strict=True))
     return (before + "".join(texts)).encode()
+
+
+def without_places(content: Mapping) -> dict:
+    """The content as it may be mailed: of paths in runs, cards and notes only the last name is left."""
+    names = [Path(one["name"]).name if "/" in one["name"] else one["name"] for one in content["runs"]]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({number})" for number, name in enumerate(names, start=1)]
+    runs = [
+        one | {"name": name, "card": {key: _last_name(value) for key, value in one["card"].items()}}
+        for name, one in zip(names, content["runs"], strict=True)
+    ]
+    return {**content, "runs": runs, "notes": [FOLDERS_OF_A_PATH.sub("", note) for note in content["notes"]]}
+
+
+def _last_name(value: object) -> object:
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", "./", "../")) else value
 
 
 @entry_point

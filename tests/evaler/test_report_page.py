@@ -18,7 +18,7 @@ from evaler import extract, report_page, score
 from evaler.attention_maps import attention_map, load_network
 from evaler.features import load
 from evaler.report_content import spread
-from evaler.report_page import main
+from evaler.report_page import main, without_places
 from evaler.thumbnails import heat, reduced
 from tests.evaler.test_describer import MODELS, write_weights
 from tests.small_run import child_environment, overrides, photograph, retrieval_set, write_image
@@ -81,7 +81,10 @@ def test_a_real_process_writes_a_page_that_loads_nothing(runs):
     scored = json.loads((root / "one" / "scores" / "toy.json").read_text())
     rows = content["table"]["rows"]
     assert [row["values"] for row in rows] == [[[scored[s]["mAP"], *scored[s]["mP@k"]]] for s in "EMH"]
-    assert content["runs"][0]["card"] == scored["card"] and content["runs"][0]["line"].startswith("toy | R50")
+    assert str(root) not in text and scored["card"]["weights"] == str(root / "one.pyth")
+    assert content["runs"][0]["card"] == scored["card"] | {"weights": "one.pyth"} and content["runs"][0][
+        "line"
+    ].startswith("toy | R50")
     assert [query["runs"][0]["aps"]["M"] for query in content["queries"]] == scored["M"]["aps"]
     for query in content["queries"]:
         assert len(query["runs"][0]["found"]) == 4
@@ -166,6 +169,9 @@ def test_what_is_missing_is_said_and_left_blank(runs, tmp_path, capsys):
     assert "note: 1 of 9 results have no picture here: " in told and "image3.jpg: no such file" in told
     assert "1 of 4 queries have no picture here" in told and "none.pyth: no such weights" in told
     assert len(content["notes"]) == 3
+    for place in (root, tmp_path):  # the terminal tells the place, the page the name
+        assert str(place) not in (tmp_path / "page.html").read_text()
+    assert any("image3.jpg: no such file" in note for note in content["notes"]) and str(tmp_path) in told
     # Found where TEST.WEIGHTS says, if they are the same.
     for name, message in (("moved", ""), ("other", "not the weights the set was described with")):
         shutil.copy(root / "two.pyth", tmp_path / "other.pyth")
@@ -246,3 +252,18 @@ def test_queries_are_spread_over_a_set():
 def test_the_page_s_script_is_the_one_it_allows(runs):
     page = report_page.page_bytes({"title": "a & b </script>"}).decode()
     assert "<title>a &amp; b &lt;/script&gt;" in page and page.count("</script>") == 2 and "@@" not in page
+
+
+def test_paths_are_left_out_of_what_is_mailed():
+    card = {"weights": "/home/me/my runs/w.pyth", "set": "toy", "scales": [1.0]}
+    notes = [
+        "1 of 2 have none: /home/me/my photos/a.jpg: no such file",
+        "~/x/y.pyth differs",
+        "1/2 and/or",
+        "none at ../b/c",
+    ]
+    runs = [{"name": name, "card": card, "line": ""} for name in ("/a/out", "/b/out")]
+    made = without_places({"runs": runs, "notes": notes, "title": "a/b"})
+    assert [run["name"] for run in made["runs"]] == ["out (1)", "out (2)"] and made["title"] == "a/b"
+    assert made["runs"][0]["card"] == card | {"weights": "w.pyth"}
+    assert made["notes"] == ["1 of 2 have none: a.jpg: no such file", "y.pyth differs", "1/2 and/or", "none at c"]
