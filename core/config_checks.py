@@ -1,6 +1,7 @@
 """Settings that cannot work, or contradict each other, are refused before anything starts."""
 
 import math
+import os
 
 from yacs.config import CfgNode
 
@@ -106,8 +107,8 @@ def check(cfg: CfgNode) -> None:
         raise ConfigError(f"BN.MOM is {cfg.BN.MOM}, it must be 0 to 1")
     if not cfg.OUT_DIR:
         raise ConfigError("OUT_DIR is empty, name the folder for this run's output")
-    if not 0 < cfg.PORT < 65536:
-        raise ConfigError(f"PORT is {cfg.PORT}, it must be 1 to 65535")
+    if not 0 <= cfg.PORT < 65536:
+        raise ConfigError(f"PORT is {cfg.PORT}, it must be 1 to 65535, or 0 for a free one")
     _check_model(cfg)
     _check_training(cfg)
     _check_extraction(cfg)
@@ -146,26 +147,38 @@ def _check_training(cfg: CfgNode) -> None:
             f"TEST.IM_SIZE {cfg.TEST.IM_SIZE} is below TRAIN.IM_SIZE {cfg.TRAIN.IM_SIZE}: "
             "the centre crop would not fit, raise TEST.IM_SIZE"
         )
-    processes = max(cfg.NUM_GPUS, 1)
-    if cfg.TRAIN.BATCH_SIZE % processes:
-        raise ConfigError(f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} does not divide by NUM_GPUS {cfg.NUM_GPUS}")
-    if cfg.TRAIN.BATCH_SIZE == processes and cfg.TRAIN.IM_SIZE <= MIN_IM_SIZE:
-        raise ConfigError(
-            f"TRAIN.BATCH_SIZE {cfg.TRAIN.BATCH_SIZE} gives a process one image, and TRAIN.IM_SIZE {cfg.TRAIN.IM_SIZE} "
-            "one position of f4: batch norm needs more than one value, raise either"
-        )
-    share = cfg.TRAIN.BATCH_SIZE // processes
-    if share % cfg.TRAIN.ACCUM_STEPS:
-        raise ConfigError(
-            f"TRAIN.ACCUM_STEPS {cfg.TRAIN.ACCUM_STEPS} does not divide a process's share of the batch, {share} images"
-        )
     if cfg.MODEL.HEADS.SHARDED and cfg.TRAIN.PRECISION == "fp16":
         raise ConfigError("MODEL.HEADS.SHARDED does not go with TRAIN.PRECISION fp16: use bf16")
+    if not os.environ.get("WORLD_SIZE"):  # else their number is not NUM_GPUS
+        check_split(cfg, max(cfg.NUM_GPUS, 1))
     if cfg.BN.SYNC and not cfg.NUM_GPUS:
         raise ConfigError("BN.SYNC works on GPUs only: set it False, or NUM_GPUS above 0")
     if len(set(cfg.TEST.RETRIEVAL)) != len(cfg.TEST.RETRIEVAL):
         raise ConfigError(f"TEST.RETRIEVAL {cfg.TEST.RETRIEVAL} names a set twice")
     _check_optimizer(cfg)
+
+
+def check_split(cfg: CfgNode, processes: int) -> None:
+    """Raise `ConfigError` if a batch cannot be split over so many processes, and ACCUM_STEPS parts in each."""
+    batch, parts = cfg.TRAIN.BATCH_SIZE, cfg.TRAIN.ACCUM_STEPS
+    if batch % processes:
+        who = f"NUM_GPUS {cfg.NUM_GPUS}" if processes == cfg.NUM_GPUS else f"the run's {processes} processes"
+        raise ConfigError(f"TRAIN.BATCH_SIZE {batch} does not divide by {who}")
+    share = batch // processes
+    if share % parts:
+        raise ConfigError(f"TRAIN.ACCUM_STEPS {parts} does not divide a process's share of the batch, {share} images")
+    seen = processes if cfg.BN.SYNC else 1  # by a batch norm: parts of one process, or of all
+    # The last batch of an epoch is left out where it is not full, so that all parts have this size.
+    if share // parts * seen == 1 and cfg.TRAIN.IM_SIZE <= MIN_IM_SIZE and _trains_batch_norm_of_f4(cfg):
+        raise ConfigError(
+            f"TRAIN.BATCH_SIZE {batch} over {processes} processes and TRAIN.ACCUM_STEPS {parts} gives batch norm one "
+            f"image at a time, and TRAIN.IM_SIZE {cfg.TRAIN.IM_SIZE} one position of f4: it needs more than one value, "
+            "raise BATCH_SIZE or IM_SIZE"
+        )
+
+
+def _trains_batch_norm_of_f4(cfg: CfgNode) -> bool:
+    return not cfg.TRAIN.FREEZE_BN and cfg.TRAIN.FREEZE_AT < 5
 
 
 def _check_optimizer(cfg: CfgNode) -> None:

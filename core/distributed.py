@@ -1,5 +1,6 @@
 """What the processes of a run exchange. In a single process every function here is a no-op."""
 
+import datetime
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,12 +63,15 @@ def barrier() -> None:
 class Agreement:
     """Counters summed over all processes, known one call later so that nobody waits for anybody.
 
-    Kept on the host and exchanged by gloo: a GPU need not be asked. Every process must call it equally often.
+    Kept on the host and exchanged by gloo: a GPU need not be asked. Every process must call it equally often, and
+    waits for the others at most `timeout`.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, *, timeout: datetime.timedelta):
         self.size = size
-        self.group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self.group = None
+        if world_size() > 1:  # a group does not inherit the timeout of the default one: it would be half an hour
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.pending: tuple[Any, Tensor] | None = None
 
     def __call__(self, counts: list[int]) -> list[int]:

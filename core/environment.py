@@ -23,6 +23,10 @@ USER_ERROR_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1
 
 
+class Failure(RuntimeError):
+    """What neither the code nor the user's settings are to blame for: one line and exit code 1."""
+
+
 def is_user_error(error: BaseException) -> bool:
     """Tell a mistake of the user from a defect of the code.
 
@@ -49,7 +53,7 @@ def ending(error: Exception) -> tuple[int, str] | None:
         return USER_ERROR_EXIT_CODE, f"{error.filename}: {error.strerror}"
     if isinstance(error, ImportError) and (missing := missing_package(error)):
         return USER_ERROR_EXIT_CODE, missing
-    if isinstance(error, FloatingPointError):  # a loss that is not finite
+    if isinstance(error, FloatingPointError | Failure):  # a loss that is not finite, a process that does not answer
         return FAILURE_EXIT_CODE, str(error)
     if isinstance(error, ChildProcessError) and error.errno is None:  # a loader worker that was killed, say
         return FAILURE_EXIT_CODE, str(error)

@@ -1,5 +1,6 @@
 """What may end a run: a signal, broken images, losses and gradients that are not finite. Noticed by all at once."""
 
+import datetime
 from collections import deque
 
 from torch.utils.data import Dataset
@@ -17,11 +18,22 @@ class Faults:
     Within its context SIGINT and SIGTERM are held back until `poll`.
     """
 
-    def __init__(self, position: Position, step: TrainStep, dataset: Dataset, *, skip_broken: int, remember: int):
-        """`skip_broken` images may be replaced; `remember` updates pass between two calls of `check_finite`."""
+    def __init__(
+        self,
+        position: Position,
+        step: TrainStep,
+        dataset: Dataset,
+        *,
+        skip_broken: int,
+        remember: int,
+        timeout: datetime.timedelta,
+    ):
+        """`skip_broken` images may be replaced; `remember` updates pass between two calls of `check_finite`;
+        `timeout` is how long the other processes are waited for.
+        """
         self.position, self.step, self.dataset, self.skip_broken = position, step, dataset, skip_broken
         self.signals = SignalFlags(patient=world_size() > 1)
-        self.agree = Agreement(len(SIGNALS) + 1)
+        self.agree = Agreement(len(SIGNALS) + 1, timeout=timeout)
         self.broken: list[str] = []  # met by this process, not yet told to the others
         self.recent: deque[tuple[int, list[int]]] = deque(maxlen=remember + 1)  # (update, indices of its images)
 

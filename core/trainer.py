@@ -1,6 +1,7 @@
 """Training: set up, then epochs of steps, evaluation and checkpoints; from any checkpoint on, bit by bit the same."""
 
 import contextlib
+import datetime
 from pathlib import Path
 
 import torch
@@ -101,6 +102,7 @@ class Run:
         self.step = builders.build_step(cfg, self.model, self.optimizer)
         self.position = Position(device)
         self.saved_at: tuple[int, int] | None = None
+        self.buckets_settled = False
         self.evaluate = Evaluation(cfg, device, self.position, test_loader, score)
         self.faults = Faults(
             self.position,
@@ -108,6 +110,7 @@ class Run:
             self.train_loader.dataset,
             skip_broken=cfg.DATA_LOADER.SKIP_BROKEN,
             remember=cfg.LOG_PERIOD,
+            timeout=datetime.timedelta(seconds=cfg.DIST_TIMEOUT),
         )
         self.clock = Clock()
 
@@ -179,6 +182,7 @@ class Run:
         self.train_loader.batch_sampler.set_epoch(position.epochs_done, start=position.iteration)
         self.model.train()
         self.frozen.keep_statistics()
+        self.settle_buckets()
         clock, rate = Clock(), 0.0
         batches = builders.batches_on_device(self.train_loader, self.device)
         title = f"epoch {position.epochs_done + 1}/{cfg.OPTIM.MAX_EPOCH}"
@@ -207,6 +211,16 @@ class Run:
                 if due and position.iteration < self.iterations:
                     self.save()
         self.log_epoch(clock, rate)
+
+    def settle_buckets(self) -> None:
+        """Before the first update of this sitting, see `TrainStep.settle_buckets`."""
+        if world_size() == 1 or self.buckets_settled:
+            return
+        part = self.cfg.TRAIN.BATCH_SIZE // world_size() // self.cfg.TRAIN.ACCUM_STEPS
+        size = self.cfg.TRAIN.IM_SIZE
+        images = torch.zeros(part, 3, size, size, device=self.device).contiguous(memory_format=torch.channels_last)
+        self.step.settle_buckets(images, torch.zeros(part, dtype=torch.int64, device=self.device))
+        self.buckets_settled = True
 
     def log_iteration(self, clock: Clock, rate: float) -> dict[str, float]:
         position, epochs = self.position, self.cfg.OPTIM.MAX_EPOCH

@@ -4,7 +4,6 @@ Every image of a list is accounted for: it has a descriptor, or stands among the
 the same whoever makes them, so any number of shards, stopped at any time and started again, gives the same files.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from core.builders import build_descriptor, load_tested_weights
 from core.counter import Counter
 from core.environment import code_version, entry_point, sha256_file
 from core.output import check_writable
+from core.place import device_index, place
 from core.terminal import work_goes_on
 from evaler.exports import export
 from evaler.extraction_job import Job, batch_size_of
@@ -58,12 +58,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def which_shard(cfg: CfgNode) -> tuple[int, int]:
     """This process's shard and their number: under torchrun its rank and world size, else INFER.CUT_NUM, TOTAL_NUM."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    here = place()
+    if here is None or here.world == 1:
         return cfg.INFER.CUT_NUM, cfg.INFER.TOTAL_NUM
     if cfg.INFER.TOTAL_NUM > 1:
         raise ValueError(f"INFER.TOTAL_NUM {cfg.INFER.TOTAL_NUM}: under torchrun its processes are the shards; leave 1")
-    return int(os.environ["RANK"]) + 1, world
+    return here.rank + 1, here.world
 
 
 def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
@@ -78,7 +78,8 @@ def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
     if cfg.INFER.PRECISION == "fp16" and not gpu:
         print("note: INFER.PRECISION fp16 takes many times longer on a CPU; bf16 is made for it", file=sys.stderr)
     if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        here = place()
+        torch.cuda.set_device(device_index(here.local_rank if here else 0, torch.cuda.device_count()))
     else:
         torch.set_num_threads(cfg.INFER.THREADS)
     torch.backends.cudnn.allow_tf32 = False  # or cuDNN rounds the inputs of float32 convolutions to 10 bits
