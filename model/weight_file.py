@@ -1,8 +1,8 @@
 """Weight files written by `torch.save`, read whole and verified: what they hold as plain values and tensors.
 
 Since PyTorch 1.6 they are zip archives (a pickle, and a part for each tensor's data) with a checksum of every part,
-which `torch.load` does not look at: here all are held against it. Before 1.6 they were pickles with the data behind
-them, without checksums.
+which `torch.load` does not look at: here all are held against it, unless the writer had switched them off. Before 1.6
+they were pickles with the data behind them, without checksums.
 """
 
 import io
@@ -19,7 +19,8 @@ from model.weight_pickle import WeightPickle, WeightPickleError
 
 BLOCK = 1 << 22
 MOST_PICKLED = 64 << 20  # bytes; a ResNet-152 with momentum and moving average has under a megabyte
-LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # after the pickle's protocol
+# The pickle's protocol, the length that newer ones put before it, and a number that marks a file of torch.save.
+LEGACY = re.compile(rb"\x80[\x02-\x05](\x95.{8})?" + re.escape(bytes.fromhex("8a0a6cfc9c46f9206aa850192e")), re.DOTALL)
 LONGEST_LINE = 1 << 16
 
 # How files begin that are taken for weights, and what to do about it.
@@ -104,7 +105,7 @@ def _kind(file: BinaryIO) -> str:
         return "a tar archive: unpack it"
     if head.startswith(b"PK"):
         return "zip"
-    if head[:1] == b"\x80" and head[2:].startswith(LEGACY_MAGIC):
+    if LEGACY.match(head):
         return "legacy"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
         return SAFETENSORS
@@ -155,6 +156,9 @@ def _read_archive(file: BinaryIO) -> tuple[Any, str | None]:
         entries = archive.infolist()
         parts = {entry.filename.partition("/")[2]: entry for entry in entries}
         _check_entries(entries, parts, size)
+        if not any(entry.CRC for entry in entries):  # switched off when it was written: set_crc32_options
+            for entry in entries:
+                entry.CRC = None
         room = _Room(size)
         pickle = WeightPickle(room.storage)
         content = pickle.read(io.BytesIO(archive.read(parts["data.pkl"])))
@@ -221,12 +225,14 @@ def _read_legacy(file: BinaryIO) -> tuple[Any, str | None]:
         return pickle.read(pickled)
 
     plain = _Room(0).storage
-    file.seek(2 + len(LEGACY_MAGIC))
+    file.seek(LEGACY.match(file.read(64)).end())
     _, system = read(WeightPickle(plain)), read(WeightPickle(plain))
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise WeightPickleError("damaged, or written on a big-endian machine")
     pickle = WeightPickle(room.storage)
     content = read(pickle)
+    if pickle.foreign:  # whose data are among the others'
+        return content, pickle.foreign
     keys = read(WeightPickle(plain))
     if type(keys) is not list or not all(type(key) is str for key in keys) or {*keys} != {*room.storages}:
         raise WeightPickleError("damaged: the list of its tensors does not fit them")

@@ -8,6 +8,7 @@ other class becomes a `Foreign`, whatever is done with it: nothing is imported, 
 
 import math
 import pickletools
+import struct
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -33,6 +34,15 @@ DTYPES = {
     "BoolStorage": torch.bool,
 }
 
+# NumPy's kinds of numbers: a rate by `np.cos`, as pycls sets it, stands in the optimizer's state as one.
+NUMBERS = {"f2": "e", "f4": "f", "f8": "d", "b1": "?"} | dict(
+    zip(("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"), "bBhHiIqQ", strict=True)
+)
+# Plain values too, which no weight is read from: not read, and no reason to refuse the file.
+LEFT_ASIDE = {"torch.device", "collections.Counter"}
+LEFT_ASIDE |= {f"{module}.{name}" for module in ("__builtin__", "builtins") for name in ("set", "complex")}
+LEFT_ASIDE |= {str(dtype) for dtype in DTYPES.values()}
+
 _NOTHING = {"PROTO", "FRAME"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _INTS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1"}
@@ -40,6 +50,7 @@ _FLOATS = {"FLOAT", "BINFLOAT"}
 _TEXT = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE"}
 _PYTHON_2_TEXT = {"STRING", "BINSTRING", "SHORT_BINSTRING"}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
+_BYTES = {"BINBYTES", "SHORT_BINBYTES"}  # since protocol 3
 _FROM_MARK = {"LIST", "DICT", "TUPLE", "APPENDS", "SETITEMS"}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _PUT = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
@@ -55,6 +66,13 @@ class Foreign:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+
+class _NumPyKind:
+    """A dtype of NumPy."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.order = name, "<"
 
 
 class WeightPickle:
@@ -95,7 +113,7 @@ class WeightPickle:
             if not -LARGEST_INT < arg < LARGEST_INT:
                 raise WeightPickleError("holds a number of more than 64 bits")
             stack.append(arg)
-        elif name in _FLOATS:
+        elif name in _FLOATS or name in _BYTES:
             stack.append(arg)
         elif name in _TEXT:
             stack.append(_unicode(arg))
@@ -154,12 +172,14 @@ class WeightPickle:
             args, of = stack.pop(), stack.pop()
             stack.append(self._called(of, args) if name == "REDUCE" else self._unread(_name(of)))
         elif name == "BUILD":  # attributes of an OrderedDict (the versions of its modules), or of a Foreign
-            stack.pop()
-            if type(stack[-1]) not in (dict, Foreign):
+            state = stack.pop()
+            if type(stack[-1]) is _NumPyKind:
+                stack[-1].order = "<" if state[1] in ("<", "|") else ">"
+            elif type(stack[-1]) not in (dict, Foreign):
                 raise WeightPickleError("damaged: it sets attributes of a plain value")
         elif name == "BINPERSID":
             stack.append(self._stored(stack.pop()))
-        elif name in ("EMPTY_SET", "ADDITEMS", "FROZENSET", "BINBYTES", "SHORT_BINBYTES", "BYTEARRAY8"):
+        elif name in ("EMPTY_SET", "ADDITEMS", "FROZENSET", "BYTEARRAY8"):
             raise WeightPickleError(f"holds more than tensors and plain values (opcode {name})")
         elif name not in _NOTHING and name != "STOP":
             raise WeightPickleError(f"holds an opcode that no weight file has ({name})")
@@ -167,6 +187,8 @@ class WeightPickle:
     def _class(self, name: str) -> Any:
         if name in _CALLS:
             return _CALLS[name]
+        if name in LEFT_ASIDE:
+            return Foreign(name)
         return DTYPES.get(name.removeprefix("torch.")) or self._unread(name)
 
     def _unread(self, name: str) -> Foreign:
@@ -181,6 +203,8 @@ class WeightPickle:
             raise WeightPickleError("damaged: it calls a plain value")
         if any(type(arg) is Foreign for arg in args[:1]):
             return Foreign(args[0].name)
+        if of is _number and type(args[0]) is _NumPyKind and (args[0].name not in NUMBERS or args[0].order == ">"):
+            return self._unread(f"numpy.{args[0].order}{args[0].name}")
         return of(*args)
 
     def _stored(self, place: Any) -> Any:
@@ -234,7 +258,17 @@ def _name(of: Any) -> str:
 # ------------------------------------------------------------------------------- what stands for torch's own functions
 
 
-def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_rest: object) -> Tensor:
+def _tensor(
+    storage: Tensor,
+    offset: int,
+    size: tuple,
+    stride: tuple,
+    _grad: object = None,
+    _hooks: object = None,
+    bits: Any = None,
+) -> Tensor:
+    if bits:  # its data are to be negated, say
+        raise WeightPickleError("holds a tensor whose values are not what is stored: save its .resolve_neg()")
     if type(storage) is not Tensor or type(size) is not tuple or type(stride) is not tuple:
         raise WeightPickleError("damaged: a tensor is described wrongly")
     whole = (offset, *size, *stride)
@@ -259,6 +293,19 @@ def _size(sizes: tuple) -> tuple:
     return tuple(sizes)
 
 
+def _kind(name: str, *_rest: object) -> _NumPyKind:
+    if type(name) is not str or not name.isalnum() or len(name) > 8:
+        raise WeightPickleError("damaged: a kind of NumPy's numbers is described wrongly")
+    return _NumPyKind(name)
+
+
+def _number(kind: _NumPyKind, data: bytes) -> float | int | bool:
+    code = "<" + NUMBERS[kind.name]
+    if type(data) is not bytes or len(data) != struct.calcsize(code):
+        raise WeightPickleError("damaged: a number of NumPy's has another size")
+    return struct.unpack(code, data)[0]
+
+
 def _bytes(text: str, encoding: str) -> bytes:
     """How protocol 2 writes bytes."""
     if type(text) is not str or encoding != "latin1":
@@ -270,7 +317,11 @@ _CALLS = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.Size": _size,
     "collections.OrderedDict": _ordered_dict,
     "_codecs.encode": _bytes,
+    "numpy.dtype": _kind,
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
 }

@@ -138,6 +138,49 @@ def test_checkpoint_keeps_what_lies_beside_the_weights(tmp_path):
     )
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [2, 3, 5])
+def test_numbers_of_numpy_and_bytes(tmp_path, protocol, legacy):
+    """pycls takes the rate of a cosine by NumPy, and it is saved as it is. Other settings of `torch.save` count too."""
+    path = tmp_path / "weights.pyth"
+    numbers = [np.cos(1.0), np.float32(0.1), np.float16(0.1), np.int64(-5), np.uint64(2**64 - 1), np.int8(-1), np.True_]
+    content = {"model_state": {"fc.weight": torch.ones(2)}, "numbers": numbers, "bytes": b"\xff\0", "test_err": np.pi}
+    torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    found = read_checkpoint(path)
+    plain = [number.item() for number in numbers]
+    assert found["numbers"] == plain and list(map(type, found["numbers"])) == list(map(type, plain))
+    assert (found["bytes"], found["test_err"]) == (b"\xff\0", np.pi)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_plain_values_that_no_weight_comes_from(tmp_path, legacy):
+    beside = {"dtype": torch.float16, "place": torch.device("cpu"), "milestones": collections.Counter([3]), "z": 1j}
+    state = {"fc.weight": torch.ones(2)}
+    path = save(tmp_path, {"model_state": state, **beside, "set": {1}}, legacy=legacy)
+    assert same(read_state(path), state)
+    refusal(
+        lambda: normalise_names({"model_state": {"fc.weight": read_checkpoint(path)["set"]}}, source="weights.pyth")
+    )
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_tensor_that_is_stored_with_the_other_sign(tmp_path, legacy):
+    negated = torch.complex(torch.ones(2), torch.ones(2)).conj().imag
+    path = save(tmp_path, {"fc.weight": negated}, legacy=legacy)
+    assert torch.load(path)["fc.weight"].tolist() == [-1, -1]
+    assert "resolve_neg" in refusal(lambda: read_checkpoint(path))
+
+
+def test_a_file_whose_checksums_were_switched_off(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(tmp_path, {"fc.weight": torch.ones(2)})
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert same(read_checkpoint(path), {"fc.weight": torch.ones(2)})
+
+
 def test_half_precision_weights_are_converted():
     target = descriptor(1)
     state = {
@@ -544,7 +587,7 @@ def test_a_payload_is_not_executed(tmp_path, form):
     assert trace.exists()
 
 
-@pytest.mark.parametrize("value", [np.float64(1.5), np.ones(3), np.array(["a"], dtype=object)])
+@pytest.mark.parametrize("value", [np.str_("a"), np.ones(3), np.array(["a"], dtype=object)])
 def test_numpy_content(tmp_path, value):
     path = save(tmp_path, published({"fc.weight": torch.ones(2)}) | {"best": value})
     assert re.match(
