@@ -9,14 +9,16 @@ def main(argv: list[str] | None = None) -> None:
 
     from core.arguments import load_cfg_from_args  # here: a missing package is told in one line
     from core.launch import launch
+    from core.meeting import told_once
     from core.output import output_folder
     from core.trainer import train
     from evaler.during_training import check_sets, score_sets
 
-    cfg = load_cfg_from_args("Train DOLG.", argv)
-    check_sets(cfg)
-    with output_folder(cfg):
-        launch(functools.partial(train, score=score_sets), cfg)
+    with told_once():
+        cfg = load_cfg_from_args("Train DOLG.", argv)
+        check_sets(cfg)
+        with output_folder(cfg):
+            launch(functools.partial(train, score=score_sets), cfg)
 
 
 if __name__ == "__main__":

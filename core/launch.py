@@ -23,14 +23,16 @@ from yacs.config import CfgNode
 from core.config_checks import check_split
 from core.environment import FAILURE_EXIT_CODE, USER_ERROR_EXIT_CODE, Failure, ending, exit_on_signals
 from core.interrupt import Stopped
-from core.meeting import is_lost_exchange, one_line, open_store
-from core.place import Place, check_threads, device_index, place, under_agent, whole_number
+from core.meeting import is_lost_exchange, meet, one_line, open_store
+from core.place import Place, check_threads, device_index, place, under_agent
 from core.terminal import safe_streams
 
 Work = Callable[[CfgNode], None]
 GRACE = 5.0  # seconds for the other processes to end by themselves, when one has failed
 LONGEST_TRACE = 20000  # characters: a report must fit into a pipe that nobody may read any more
 PR_SET_PDEATHSIG = 1  # prctl(2)
+
+_restarts = 0
 
 
 class Report(NamedTuple):
@@ -46,8 +48,8 @@ class Report(NamedTuple):
 
 
 def restarts() -> int:
-    """How often torchrun has restarted the processes of this run after a failure."""
-    return whole_number("TORCHELASTIC_RESTART_COUNT") if os.environ.get("TORCHELASTIC_RESTART_COUNT") else 0
+    """How often torchrun has started the processes of this run again after a failure, on whatever machine."""
+    return _restarts
 
 
 def launch(work: Work, cfg: CfgNode) -> None:
@@ -62,7 +64,7 @@ def launch(work: Work, cfg: CfgNode) -> None:
     check_split(cfg, here.world if here else max(cfg.NUM_GPUS, 1))
     visible = torch.cuda.device_count() if cfg.NUM_GPUS else 0
     local_world = here.local_world or 1 if here else cfg.NUM_GPUS
-    each_sees_its_own = here is not None and visible == 1 and not under_agent()
+    each_sees_its_own = here is not None and visible == 1  # `meet` looks whether it is so
     if cfg.NUM_GPUS and local_world > visible and not each_sees_its_own:
         raise ValueError(
             f"NUM_GPUS {local_world}: this machine has {visible} usable GPUs; lower NUM_GPUS (0 is the CPU)"
@@ -77,13 +79,14 @@ def launch(work: Work, cfg: CfgNode) -> None:
 
 def join_started(work: Work, cfg: CfgNode, here: Place) -> None:
     """Be process `here` of a run whose processes are started from outside."""
-    timeout = datetime.timedelta(seconds=cfg.DIST_TIMEOUT)
+    global _restarts
+    timeout, device = datetime.timedelta(seconds=cfg.DIST_TIMEOUT), ""
     if cfg.NUM_GPUS:
-        torch.cuda.set_device(device_index(here.local_rank, torch.cuda.device_count()))
+        index = device_index(here.local_rank, torch.cuda.device_count())
+        torch.cuda.set_device(index)
+        device = f"{socket.gethostname()} {torch.cuda.get_device_properties(index).uuid}"
     with _ended_at_once():
-        store = open_store(here, timeout)
-        if restarts():  # torchrun keeps its store: the addresses of the processes that have died are still in it
-            store = dist.PrefixStore(f"restart {restarts()}", store)
+        store, _restarts = meet(open_store(here, timeout), here, timeout, device=device)
     join(work, cfg, store, here.rank, here.world)
 
 

@@ -75,6 +75,12 @@ def test_a_process_takes_the_gpu_of_its_number_or_the_only_one_it_sees():
         device_index(3, 2)
 
 
+def test_two_processes_with_one_gpu_are_refused():
+    with pytest.raises(ValueError, match=r"3 processes share 2 GPUs \(a is taken twice\)"):
+        meeting._check_devices(["1|a", "2|b", "3|a"])
+    meeting._check_devices(["1|", "2|"])  # on the CPU there are none
+
+
 @pytest.mark.parametrize(
     ("overrides", "processes", "refused"),
     [
