@@ -77,19 +77,21 @@ class TrainStep:
     def settle_buckets(self, images: Tensor, labels: Tensor) -> None:
         """Let DistributedDataParallel make its final buckets of gradients before the first update.
 
-        It lays them out anew after its first backward pass, by the order in which gradients came. From three processes
-        on, the place of a gradient in its bucket decides in which order the values of the processes are added, and so
-        how they are rounded: a run that goes on from a checkpoint would differ in its first step from one that was
-        never stopped. One pass ahead, of no consequence, gives every step the same buckets. A collective call, in
-        training mode; `images` and `labels` are a part of a batch in shape, type and layout.
+        It lays them out anew after its first backward pass (with a static graph after its second), by the order in
+        which gradients came. From three processes on, the place of a gradient in its bucket decides in which order the
+        values of the processes are added, and so how they are rounded: a run that goes on from a checkpoint would
+        differ in its first steps from one that was never stopped. Passes ahead, of no consequence, give every step the
+        same buckets. A collective call, in training mode; `images` and `labels` are a part of a batch in shape, type
+        and layout.
         """
         before = [buffer.clone() for buffer in self.network.buffers()]
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            loss, _ = self.network(images, labels)
-        loss.backward()
+        for _ in range(2):
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                loss, _ = self.network(images, labels)
+            loss.backward()
+            self.optimizer.zero_grad(set_to_none=True)
         for buffer, value in zip(self.network.buffers(), before, strict=True):
             buffer.detach().copy_(value)
-        self.optimizer.zero_grad(set_to_none=True)
 
     def _without_exchange(self) -> contextlib.AbstractContextManager:
         return self.network.no_sync() if hasattr(self.network, "no_sync") else contextlib.nullcontext()
