@@ -18,7 +18,7 @@ from core.progress import progress
 
 # Scores the sets of TEST.RETRIEVAL: (cfg, network, poll) -> set -> {"easy": mAP, "medium": mAP, "hard": mAP} in
 # percent, None without queries. A collective call; `poll` raises if the run is to stop, and every process must call it
-# equally often.
+# equally often, and twice before any other exchange.
 Scorer = Callable[[CfgNode, nn.Module, Callable[[], None]], dict[str, dict[str, float | None]]]
 
 
@@ -58,7 +58,8 @@ class Evaluation:
         sums = Sums(self.device)
         polls = min(gather_objects(len(self.loader)))  # a process may have one batch less than the others
         batches = builders.batches_on_device(self.loader, self.device)
-        with progress(batches, "validation", unit="batch", leave=False) as bar, network.desc_cls.gathered():
+        bar = progress(batches, "validation", unit="batch", leave=False)
+        with network.desc_cls.gathered(), faults.shared(), bar:
             for number, batch in enumerate(bar):
                 if number < polls:
                     faults.poll()
@@ -72,7 +73,8 @@ class Evaluation:
 
     def score_retrieval(self, network: nn.Module, faults: Faults) -> float:
         """mAP of the sets in TEST.RETRIEVAL; returns the mean of Medium over the sets."""
-        scores = self.score(self.cfg, network, faults.poll)
+        with faults.shared():
+            scores = self.score(self.cfg, network, faults.poll)
         for name, values in scores.items():
             log_stats("retrieval", epoch=self.epoch, set=name, **values)
         return math.fsum(values["medium"] or 0.0 for values in scores.values()) / len(scores)

@@ -1,15 +1,27 @@
-"""What may end a run: a signal, broken images, losses and gradients that are not finite. Noticed by all at once."""
+"""What may end a run: a signal, broken images, an evaluation that fails, losses and gradients that are not finite.
 
+Noticed by all processes at once.
+"""
+
+import contextlib
 import datetime
 from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch.utils.data import Dataset
 
 from core.distributed import Agreement, gather_objects, rank, world_size
-from core.interrupt import SIGNALS, Interrupted, SignalFlags, Stopped
+from core.environment import Failure
+from core.interrupt import SIGNALS, Failed, Interrupted, SignalFlags, Stopped
 from core.logging import log
+from core.meeting import is_lost_exchange
 from core.position import Position
 from core.step import SMALLEST_SCALE, TrainStep
+
+
+class FailedElsewhere(Failure):
+    """Another process of the run cannot go on; that one tells more."""
 
 
 class Faults:
@@ -33,8 +45,10 @@ class Faults:
         """
         self.position, self.step, self.dataset, self.skip_broken = position, step, dataset, skip_broken
         self.signals = SignalFlags(patient=world_size() > 1)
-        self.agree = Agreement(len(SIGNALS) + 1, timeout=timeout)
+        self.agree = Agreement(len(SIGNALS) + 2, timeout=timeout)
         self.broken: list[str] = []  # met by this process, not yet told to the others
+        self.too_many: ValueError | None = None  # broken images
+        self.failing: Exception | None = None  # why this process cannot go on
         self.recent: deque[tuple[int, list[int]]] = deque(maxlen=remember + 1)  # (update, indices of its images)
 
     def __enter__(self) -> "Faults":
@@ -53,16 +67,74 @@ class Faults:
             self.recent.append((update, indices))
 
     def poll(self) -> None:
-        """Raise `Interrupted` if any process has received a signal, `ValueError` for too many broken images."""
-        *signals, broken = self.agree([*self.signals.counts(), len(self.broken)])
+        """Raise `Interrupted` if any process has received a signal, `Failed` if any cannot go on.
+
+        Of several processes each learns what the others said in the call before.
+        """
+        *signals, broken, failed = self.agree([*self.signals.counts(), len(self.broken), int(self.failing is not None)])
         if broken:
             self.count_broken()
+        if failed:
+            own = self.failing
+            said = gather_objects(own and (" ".join(str(own).split()) or type(own).__name__))
+            number = next(number for number, line in enumerate(said) if line)
+            raise Failed(own or FailedElsewhere(f"process {number} of the run cannot go on: {said[number]}"))
+        self.check_broken()
         for number, count in zip(SIGNALS, signals, strict=True):
             if count:
                 raise Interrupted(number)
 
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """What ends a process in here makes all raise `Failed`. A collective call.
+
+        Meanwhile every process calls `poll` equally often, and twice before the processes exchange anything else.
+        """
+        try:
+            yield
+        except (Interrupted, Failed):
+            raise
+        except Exception as error:
+            if is_lost_exchange(error):
+                raise
+            self.failing = error
+            while True:
+                self.poll()
+        self.poll()
+        self.poll()
+
+    def watched(self, batches: Iterable) -> Iterator[Any]:
+        """The batches; one that cannot be made makes all processes raise `Failed` before the same step.
+
+        A collective call; every process calls `poll` before each step. Several processes make a batch ahead, for the
+        others are in the next step when they learn that one is missing.
+        """
+        iterator, made, begun = iter(batches), deque(), False
+        while True:
+            try:
+                while len(made) < min(world_size(), 2) and self.failing is None:
+                    made.append(next(iterator))
+            except StopIteration:
+                pass
+            except Exception as error:
+                self.failing = error
+            if not begun and world_size() > 1:  # nobody is in a step: whoever has no first batch says so now
+                self.poll()
+                self.poll()
+            begun = True
+            if not made:
+                break
+            yield made.popleft()
+        while self.failing:
+            self.poll()
+
+    def check_broken(self) -> None:
+        """Raise `Failed` if more images were replaced than allowed."""
+        if self.too_many:
+            raise Failed(self.too_many)
+
     def count_broken(self) -> None:
-        """List the images that were replaced; raise `ValueError` if they are more than allowed."""
+        """List the images that were replaced."""
         listed = self.position.broken
         new = [message for found in gather_objects(self.broken) for message in found]
         self.broken = []
@@ -70,8 +142,8 @@ class Faults:
             if message not in listed:
                 listed.append(message)
                 log(f"broken image {len(listed)}, replaced by the next of its list: {message}")
-        if len(listed) > self.skip_broken:
-            raise ValueError(
+        if new and len(listed) > self.skip_broken:
+            self.too_many = ValueError(
                 f"{len(listed)} broken images, DATA_LOADER.SKIP_BROKEN is {self.skip_broken}; the last is {listed[-1]}"
             )
 

@@ -15,6 +15,14 @@ class Interrupted(Exception):
         self.number = number
 
 
+class Failed(Exception):
+    """All processes have agreed to save and end here, because of `error`; every one has its own."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
 class Stopped(SystemExit):
     """All processes end, with code 128 + signal, because their state is saved."""
 

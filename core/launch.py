@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 
 from core.config_checks import check_split
 from core.environment import FAILURE_EXIT_CODE, USER_ERROR_EXIT_CODE, Failure, ending, exit_on_signals
+from core.faults import FailedElsewhere
 from core.interrupt import Stopped
 from core.meeting import is_lost_exchange, meet, one_line, open_store
 from core.place import Place, check_threads, device_index, place, under_agent
@@ -268,5 +269,6 @@ def _spawned(rank: int, work: Work, cfg: CfgNode, world: int, port: int, reports
     except Exception as error:
         code, line = ending(error) or (FAILURE_EXIT_CODE, "")
         trace = f"process {rank}:\n{traceback.format_exc()}"
-        reports.send(Report(code, line, trace[-LONGEST_TRACE:], is_lost_exchange(error.__cause__ or error)))
+        lost = isinstance(error, FailedElsewhere) or is_lost_exchange(error.__cause__ or error)
+        reports.send(Report(code, line, trace[-LONGEST_TRACE:], lost))
         sys.exit(code)

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ def update_precise_bn(
     batches: int,
     forward: Callable[[Tensor], object] | None = None,
     leave: Collection[nn.Module] = (),
+    watch: Callable[[Iterable], Iterator] = iter,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
     """Replace every BN's running mean and variance by those of all values it sees in `batches` batches of `loader`.
@@ -27,8 +28,8 @@ def update_precise_bn(
     behind the weights; this does not. A collective call: every process uses its share, and all end with the same
     numbers. `loader` yields batches with `images` on the model's device; `forward(images)` runs the part of the model
     that has batch norm (by default all of it). The layers in `leave`, and other state that a forward
-    in training mode changes (the head's), are left as they were. What `poll` raises before a batch leaves all of them
-    as they were.
+    in training mode changes (the head's), are left as they were. What `poll` raises before a batch, or `watch` in
+    place of one, leaves all of them as they were.
     """
     layers = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats and m not in set(leave)]
     if not layers:
@@ -37,7 +38,7 @@ def update_precise_bn(
     model.eval()
     try:
         with _collecting(layers) as populations:
-            for batch in itertools.islice(loader, min(max(batches, 1), len(loader))):
+            for batch in itertools.islice(watch(loader), min(max(batches, 1), len(loader))):
                 poll()
                 (forward or model)(batch.images)
     finally:

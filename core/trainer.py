@@ -22,7 +22,7 @@ from core.checkpoint import (
 from core.distributed import barrier, broadcast_from_main, gather_objects, is_main, rank, training_device, world_size
 from core.evaluation import Evaluation, Scorer
 from core.faults import Faults
-from core.interrupt import Interrupted, Stopped
+from core.interrupt import Failed, Interrupted, Stopped
 from core.launch import restarts
 from core.lock import folder_lock
 from core.logging import log, log_failure, log_stats, setup_logging
@@ -154,6 +154,13 @@ class Run:
                 path = self.save()
                 log(f"{interrupted}: the same command goes on from {path}")
                 raise Stopped(interrupted.number) from None
+            except Failed as failed:
+                if self.position.place != (0, 0):
+                    log(f"the run ends, after the mend the same command goes on from {self.save()}")
+                error = failed.error
+            else:
+                return
+            raise error
 
     def train_epochs(self) -> None:
         cfg, position = self.cfg, self.position
@@ -175,6 +182,7 @@ class Run:
                 self.save(best=best)
             elif best:
                 self.write(checkpoint_path(cfg.OUT_DIR, *position.place).with_name(BEST))
+        self.faults.check_broken()
 
     def train_epoch(self) -> None:
         """From the position to the end of the epoch."""
@@ -186,6 +194,7 @@ class Run:
         clock, rate = Clock(), 0.0
         batches = builders.batches_on_device(self.train_loader, self.device)
         title = f"epoch {position.epochs_done + 1}/{cfg.OPTIM.MAX_EPOCH}"
+        batches = self.faults.watched(batches)
         bar = progress(batches, title, unit="it", initial=position.iteration, total=self.iterations, leave=False)
         with contextlib.closing(bar):
             for batch in bar:
@@ -263,7 +272,13 @@ class Run:
             network = self.evaluated
             still = builders.freeze(cfg, network).layers
             update_precise_bn(
-                network, loader, batches=batches, forward=network.descriptors, leave=still, poll=self.faults.poll
+                network,
+                loader,
+                batches=batches,
+                forward=network.descriptors,
+                leave=still,
+                watch=self.faults.watched,
+                poll=self.faults.poll,
             )
         elif world_size() > 1:
             broadcast_from_main(self.model.buffers())

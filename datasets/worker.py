@@ -113,16 +113,16 @@ def _work(channel: socket.socket, dataset: object, memory: BatchMemory, number: 
 def _batch(dataset: object, keys: list) -> object:
     try:
         return dataset.__getitems__(keys)
-    except Exception as error:
+    except BaseException as error:  # SystemExit, say, would end the worker without a word
         return _failure(error)
 
 
-def _failure(error: Exception) -> Failure:
+def _failure(error: BaseException) -> Failure:
     machine = isinstance(error, MemoryError | OSError)  # it is the machine that fails, not the code
     return Failure(_reason(error), "" if machine else "".join(traceback.format_exception(error)))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     line = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     if isinstance(error, AttributeError) and "__main__" in line:  # pickle's: workers do not run the script again
         return f"{line}; what they are given must be defined in a module, not in the script that is run"

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from core.distributed import gather_objects, rank, world_size
+from core.logging import log
 from core.progress import progress
 from datasets.image import ImageError
 from evaler.extraction_job import batch_size_of, limits_of, workers_of
 from evaler.image_list import ImageList
 from evaler.images import revisited_set
-from evaler.multiscale import describe_batch
+from evaler.multiscale import check_lengths, describe_batch
 from evaler.pictures import Broken, Picture, Pictures, by_size, decoded
 from model.classifier import Classifier
 from revisitop import groundtruth, protocol
@@ -34,8 +35,9 @@ def check_sets(cfg: CfgNode) -> None:
 def score_sets(cfg: CfgNode, network: nn.Module, poll: Callable[[], None]) -> dict[str, dict[str, float | None]]:
     """mAP in percent of each set of TEST.RETRIEVAL: set -> {easy, medium, hard}, None where no query has positives.
 
-    By the descriptors that extraction with the same keys of INFER gives. A collective call: every process describes
-    its share, and calls `poll` before each image equally often.
+    By the descriptors that extraction with the same keys of INFER gives; None for all where one of them is zero or not
+    finite, as those of the first epochs may be. A collective call: every process describes its share, and calls `poll`
+    equally often: before each image, and twice before descriptors are exchanged.
     """
     descriptor = _Descriptor(network)
     scores = {}
@@ -46,6 +48,13 @@ def score_sets(cfg: CfgNode, network: nn.Module, poll: Callable[[], None]) -> di
                 collection: _describe_all(descriptor, images, cfg, f"{name} {collection}", poll)
                 for collection, images in collections.items()
             }
+        try:
+            for collection, images in collections.items():
+                check_lengths(vectors[collection], [images.source(index) for index in range(len(images))])
+        except ValueError as error:
+            log(f"{name} is not scored: {error}")
+            scores[name] = dict.fromkeys(NAMES.values())
+            continue
         truth = groundtruth.load(f"{cfg.INFER.DATA_DIR}/{name}/gnd_{name}.pkl")
         found = protocol.evaluate(vectors["queries"], vectors["database"], truth, (1,))
         fractions = {NAMES[setting]: float(values["mAP"]) for setting, values in found.items()}
@@ -102,5 +111,7 @@ def _describe_all(
             pixels = torch.stack([picture.pixels for picture in group])
             found = describe_batch(network, pixels, scales=limits.scales, max_pixels=limits.max_level_pixels)
             vectors |= zip((picture.index for picture in group), found, strict=True)
+    poll()
+    poll()
     everywhere = {index: vector for share in gather_objects(vectors) for index, vector in share.items()}
     return np.stack([everywhere[index] for index in range(len(images))])

@@ -58,6 +58,8 @@ def act(key: object) -> object:
         raise MemoryError
     if key == "defect":
         raise KeyError("no such thing")
+    if key == "leaves":
+        sys.exit("no such thing")
     if key == "unsendable":
         return threading.Lock()
     if key == "exits":

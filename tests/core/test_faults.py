@@ -1,15 +1,22 @@
 """Broken images that may be replaced, losses that are not finite, and what a run says of itself at the start."""
 
+import datetime
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from core import builders
+from core import builders, faults
 from core.checkpoint import BEST, checkpoints, find_fault
 from core.config import load_cfg
+from core.environment import is_user_error
+from core.faults import Faults
+from core.interrupt import Failed
 from core.lock import folder_lock
 from core.logging import read_stats, setup_logging
+from core.position import Position
 from core.report import count_gflops, rate_warning
 from core.trainer import Run, train
 from tests.small_run import SMALL_MODEL, SMALL_TRAINING, cut_short, landmarks, overrides
@@ -49,11 +56,125 @@ def test_as_many_broken_images_as_allowed_are_replaced_listed_and_remembered(dat
     assert [r["images"] for r in read_stats(out.splitlines()) if r["_type"] == "train_epoch"] == [12, 12]
 
 
-def test_one_more_than_allowed_ends_the_run(data_dir):
-    for name in ("03", "07", "08"):
-        cut_short(data_dir / "tiny" / "train" / f"{name}.jpg")
+def test_one_more_than_allowed_ends_the_run_which_goes_on_after_the_mend(data_dir):
+    photographs = [data_dir / "tiny" / "train" / f"{name}.jpg" for name in ("03", "07", "08")]
+    whole = [path.read_bytes() for path in photographs]
+    for path in photographs:
+        cut_short(path)
+    cfg = configured(data_dir, **{"DATA_LOADER.SKIP_BROKEN": 2, "OPTIM.MAX_EPOCH": 1, "TEST.SPLIT": ""})
     with pytest.raises(ValueError, match=r"^3 broken images, DATA_LOADER\.SKIP_BROKEN is 2; the last is .*truncated"):
-        train(configured(data_dir, **{"DATA_LOADER.SKIP_BROKEN": 2, "OPTIM.MAX_EPOCH": 3, "TEST.SPLIT": ""}))
+        train(cfg)
+    for path, content in zip(photographs, whole, strict=True):
+        path.write_bytes(content)
+    train(cfg)
+    assert checkpoints(cfg.OUT_DIR)[-1].name == "model_epoch_0001.pyth"
+
+
+@pytest.mark.parametrize(("split", "iterations"), [("val", 3), ("train", 2)])
+def test_what_was_trained_before_an_image_that_ends_the_run_is_kept(data_dir, split, iterations, capsys):
+    """In the evaluation after an epoch and in its third step; after the mend the same command goes on."""
+    cfg = configured(data_dir, **{"OPTIM.MAX_EPOCH": 1})
+    index = Run(cfg, torch.device("cpu")).train_loader.batch_sampler.order(0)[8] if split == "train" else 2
+    path = data_dir / "tiny" / split / f"{index:02d}.jpg"
+    whole = path.read_bytes()
+    cut_short(path)
+    with pytest.raises(ValueError, match=f"{path.name}: truncated") as caught:
+        train(cfg)
+    assert is_user_error(caught.value)
+    assert [path.name for path in checkpoints(cfg.OUT_DIR)] == [f"model_epoch_0000_iter_{iterations:06d}.pyth"]
+    path.write_bytes(whole)
+    train(cfg)
+    assert checkpoints(cfg.OUT_DIR)[-1].name == "model_epoch_0001.pyth"
+    records = read_stats(capsys.readouterr().out.splitlines())
+    assert [r["iter"] for r in records if r["_type"] == "train_iter"] == ["1/3", "2/3", "3/3"]
+    assert [r["images"] for r in records if r["_type"] == "test_epoch"] == [4]
+
+
+def test_nothing_is_saved_where_nothing_was_trained(data_dir):
+    for path in (data_dir / "tiny" / "train").glob("*.jpg"):
+        cut_short(path)
+    cfg = configured(data_dir)
+    with pytest.raises(ValueError, match="truncated"):
+        train(cfg)
+    assert checkpoints(cfg.OUT_DIR) == []
+
+
+class Together:
+    """Two processes as two threads: counts summed and told one call later, objects gathered."""
+
+    def __init__(self, monkeypatch):
+        self.barrier, self.given = threading.Barrier(2, timeout=10), [None, None]
+        self.place = threading.local()
+        for name, value in (("world_size", lambda: 2), ("gather_objects", self.gather), ("Agreement", self.agreement)):
+            monkeypatch.setattr(faults, name, value)
+
+    def gather(self, item):
+        self.given[self.place.rank] = item
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
+        return found
+
+    def agreement(self, size, *, timeout):
+        before = [[0] * size]
+
+        def agree(counts):
+            before.append([sum(column) for column in zip(*self.gather(counts), strict=True)])
+            return before[-2]
+
+        return agree
+
+    def __call__(self, work) -> list:
+        """What `work(faults, rank)` returns or raises in each."""
+
+        def run(rank):
+            self.place.rank = rank
+            position = Position(torch.device("cpu"))
+            watch = Faults(position, None, None, skip_broken=0, remember=1, timeout=datetime.timedelta(seconds=9))
+            try:
+                return work(watch, rank)
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(run, range(2)))
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2, 4])
+def test_all_processes_end_before_the_same_step_where_a_batch_of_one_cannot_be_made(monkeypatch, bad):
+    together, steps = Together(monkeypatch), [0, 0]
+
+    def work(watch, rank):
+        batches = (1 // (number - bad if rank else 1) for number in range(5))
+        for _ in watch.watched(batches):
+            watch.poll()
+            together.gather("a step")
+            steps[rank] += 1
+
+    first, second = together(work)
+    assert type(first) is type(second) is Failed
+    assert isinstance(second.error, ZeroDivisionError)
+    assert str(first.error).startswith("process 1 of the run cannot go on: integer division")
+    assert steps == [bad if bad > 1 else 0] * 2
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2, None])
+def test_all_processes_end_where_one_fails_in_an_evaluation(monkeypatch, bad):
+    def work(watch, rank):
+        with watch.shared():
+            for number in range(3):
+                watch.poll()
+                if rank and number == bad:
+                    raise ValueError("no such image")
+        return Together.gather(together, "sums")
+
+    together = Together(monkeypatch)
+    ended = together(work)
+    if bad is None:
+        assert ended == [["sums", "sums"]] * 2
+    else:
+        assert [str(each) for each in ended] == ["process 1 of the run cannot go on: no such image", "no such image"]
+        assert all(type(each) is Failed for each in ended)
 
 
 def test_an_out_dir_in_use_is_refused(data_dir):

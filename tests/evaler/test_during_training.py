@@ -75,9 +75,22 @@ def test_scores_come_from_the_engine_of_extraction(args, monkeypatch):
         write_image(Path(cfg.INFER.DATA_DIR) / "toy" / "jpg" / f"image{index}.jpg", photograph(index, 40, 48))
     score_sets(cfg, torch.nn.Linear(1, 1), lambda: polls.append(1))
     assert described[-4:] == [(2, False)] * 3 + [(1, False)]
-    assert sum(size for size, _ in described) == len(polls) == 10
+    assert sum(size for size, _ in described) == 10
+    assert len(polls) == 10 + 2 * 2
     assert workers == [3, 3]
     assert torch.backends.cudnn.benchmark
+
+
+def test_a_descriptor_that_is_not_finite_gives_no_scores(args, monkeypatch, capsys):
+    vectors = iter(np.eye(10, 16, dtype=np.float32) * np.where(np.arange(10) == 4, np.nan, 1)[:, None])
+    monkeypatch.setattr(during_training, "describe_batch", lambda network, pixels, **_: next(vectors)[None])
+    setup_logging(None)
+    try:
+        scores = score_sets(load_cfg(None, [*args, "INFER.NUM_WORKERS", "0"]), torch.nn.Linear(1, 1), lambda: None)
+    finally:
+        setup_logging(None, quiet=True)
+    assert scores == {"toy": {"easy": None, "medium": None, "hard": None}}
+    assert "toy is not scored: " in (said := capsys.readouterr().out) and "has length nan, not 1" in said
 
 
 def test_a_set_that_lacks_an_image_is_noticed_before_training(args, tmp_path):
