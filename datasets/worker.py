@@ -46,6 +46,7 @@ def parent(control: int, start: int) -> None:
 
     Each line that comes through `control` is a worker that seems to have ended, and is answered by how it did.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some who start programs leave it, no end could be told
     with socket.socket(fileno=control) as channel:
         try:
             pids = _fork_all(channel, start)

@@ -127,6 +127,15 @@ def test_one_that_cannot_go_on_ends_the_command_in_one_line(act, said, capsys):
 
 
 @linux
+def test_how_a_worker_ended_is_known_where_the_signal_that_tells_it_is_ignored(capsys):
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # some programs that start others leave it so
+    try:
+        assert "was killed by SIGKILL" in command(["killed", 2], capsys)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@linux
 def test_the_parent_of_the_workers_may_be_killed(capsys):
     line = command([1, "parent killed", 3, 4], capsys)
     assert line.startswith("error: the parent of the loader workers was killed by SIGKILL")
