@@ -4,6 +4,7 @@ A command is often started before its environment: nothing here needs a package,
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ def run(module):
     """Import `module` and run its `main`."""
     if sys.version_info < MINIMUM:
         _leave("this is Python {}.{}; {}.{} or newer is needed".format(*sys.version_info[:2], *MINIMUM))
+    # Before PyTorch is loaded, and for all processes that come from this one. Threads that spin while they wait make
+    # anything beside them many times slower: loader workers, other processes of the run.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         main = importlib.import_module(module).main
     except (ImportError, OSError) as error:  # OSError: a shared library that a package of PyTorch's needs

@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,7 @@ DOORS = [
         f"{path.parent.name}/{path.name}"
         for folder in ("datasets", "evaler", "scripts")
         for path in sorted((ROOT / folder).glob("*.py"))
-        if "__main__" in path.read_text(encoding="utf-8") and path.name != "benchmark.py"
+        if "core.door import run" in path.read_text(encoding="utf-8")
     ),
 ]
 
@@ -64,3 +66,20 @@ def test_an_old_python_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit) as raised:
         door.run("core.absent")
     assert raised.value.code == 2 and capsys.readouterr().err == "error: this is Python 3.8; 3.10 or newer is needed\n"
+
+
+@pytest.mark.parametrize(("own", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_leave_the_cores_to_others(monkeypatch, own, found):
+    """Unless the user says otherwise; read when a command's module is loaded, that is before PyTorch is."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    seen = []
+
+    def load(name):
+        seen.append(os.environ.get("OMP_WAIT_POLICY"))
+        return SimpleNamespace(main=lambda: None)
+
+    monkeypatch.setattr(door.importlib, "import_module", load)
+    door.run("any")
+    assert seen == [found]

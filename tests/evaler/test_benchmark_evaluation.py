@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from evaler import benchmark_evaluation
+from evaler.benchmark import main
 from evaler.benchmark_evaluation import Stream, evaluate_as_published, evaluate_cases, stream_cases
 from revisitop.protocol import evaluate
-from scripts.benchmark import main
 
 
 def test_the_baseline_scores_as_ours():
@@ -48,7 +48,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     truth = {"imlist": [f"i{i}" for i in range(9)], "qimlist": ["q"], "gnd": labels}
     (tmp_path / "gnd_x.pkl").write_bytes(pickle.dumps(truth))
     small = functools.partial(evaluate_cases, distractors=100, dim=16, runs=1)
-    monkeypatch.setattr("scripts.benchmark.evaluate_cases", small)
+    monkeypatch.setattr("evaler.benchmark.evaluate_cases", small)
     main(["evaluate", "--truth", str(tmp_path / "gnd_x.pkl"), "--json", str(tmp_path / "out.json")])
     assert "1 x 109 x 16" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text())["mode"] == "1m"

@@ -9,7 +9,7 @@ pytest.importorskip("faiss")
 
 def test_both_sides_find_the_same():
     (case,) = search_cases(queries=3, count=3000, dim=16, k=20, seconds=0)
-    assert case.case == "3 x 3,000 x 16, top 20" and case.ours > 0
+    assert case.case == "3 x 3,000 x 16, top 20" and case.ratio > 0
 
 
 def test_a_difference_is_not_passed_over(monkeypatch):
