@@ -22,13 +22,15 @@ def checkpoint_path(out_dir: str | Path, epochs_done: int, iteration: int = 0) -
     return Path(out_dir) / FOLDER / f"model_epoch_{epochs_done:04d}{inside}.pyth"
 
 
+def place_of(path: Path) -> tuple[int, int] | None:
+    """The position in a file's name: epochs done, and iterations of the next. None for another kind of name."""
+    match = PATTERN.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
 def checkpoints(out_dir: str | Path) -> list[Path]:
     """All checkpoints, the newest last (by the position in their names)."""
-    found = []
-    for path in (Path(out_dir) / FOLDER).glob("model_epoch_*.pyth"):
-        if match := PATTERN.fullmatch(path.name):
-            found.append((int(match[1]), int(match[2] or 0), path))
-    return [path for *_, path in sorted(found)]
+    return sorted(filter(place_of, (Path(out_dir) / FOLDER).glob("model_epoch_*.pyth")), key=place_of)
 
 
 def newest_checkpoint(out_dir: str | Path) -> tuple[Path | None, list[str]]:

@@ -68,6 +68,7 @@ def _by_name(content: Mapping, numbering: Callable[[], list[list[str]]]) -> dict
         raise StateError("state is no table of what was kept for each parameter")
     if not isinstance(groups, list) or not groups or not all(isinstance(group, Mapping) for group in groups):
         raise StateError("param_groups is no list of groups")
+    groups = [group for group in groups if group.get("params") != []]  # earlier versions kept empty ones
     numbers = [group.get("params") for group in groups]
     if not all(isinstance(n, list) and all(isinstance(number, int) for number in n) for n in numbers):
         raise StateError("param_groups: params is no list of numbers")

@@ -13,8 +13,10 @@ from core.average import MovingAverage
 from core.checkpoint import (
     BEST,
     checkpoint_path,
+    checkpoints,
     link_best,
     newest_checkpoint,
+    place_of,
     prune,
     remove_unfinished,
     write_checkpoint,
@@ -103,6 +105,7 @@ class Run:
         self.position = Position(device)
         self.saved_at: tuple[int, int] | None = None
         self.buckets_settled = False
+        self.outdated: list[Path] = []  # checkpoints whose names tell of more iterations than are done
         self.evaluate = Evaluation(cfg, device, self.position, test_loader, score)
         self.faults = Faults(
             self.position,
@@ -133,7 +136,11 @@ class Run:
         notes = restore(path, self.cfg, self.model, self.optimizer, self.position, **saved, numbering=numbering)
         if self.position.iteration > self.iterations:
             raise ValueError(f"{path}: iteration {self.position.iteration} of an epoch that has {self.iterations}")
-        self.saved_at = self.position.place
+        if place_of(path) == self.position.place:
+            self.saved_at = self.position.place
+        elif is_main():  # with a larger batch fewer iterations are done: names of before would count as newer
+            there = checkpoints(self.cfg.OUT_DIR)
+            self.outdated = [old for old in there[: there.index(path) + 1] if place_of(old) > self.position.place]
         done = f"{self.position.epochs_done} of {self.cfg.OPTIM.MAX_EPOCH} epochs done"
         inside = f" and {self.position.iteration} of {self.iterations} iterations of the next"
         return [f"resuming from {path}: {done}{inside if self.position.iteration else ''}", *notes]
@@ -294,6 +301,8 @@ class Run:
         self.write(path)
         self.saved_at = position.place
         if is_main():
+            while self.outdated:
+                self.outdated.pop().unlink(missing_ok=True)
             if best:
                 link_best(path)
             prune(cfg.OUT_DIR, cfg.TRAIN.KEEP_CHECKPOINTS)

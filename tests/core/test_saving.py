@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from core import trainer
-from core.checkpoint import checkpoint_path, write_checkpoint
+from core.checkpoint import checkpoint_path, checkpoints, write_checkpoint
 from core.config import load_cfg
+from core.faults import Faults
+from core.interrupt import Interrupted
 from core.logging import setup_logging
 from core.resume import state_of
 from core.step import TrainStep
@@ -119,6 +121,26 @@ def test_a_run_that_saves_ends_as_one_that_does_not(data_dir, tmp_path, monkeypa
     assert all(v.isfinite().all() and v.abs().max() < 1e6 for entry in moved for v in entry.values())
 
 
+def test_a_larger_batch_inside_an_epoch_leaves_no_checkpoint_that_counts_as_newer(data_dir, tmp_path, monkeypatch):
+    """The 3 iterations of 2 images that are done become 1 of 4 images."""
+
+    def stopped_after(iterations: int, **more) -> list[str]:
+        polls = iter([None] * iterations + [Interrupted(15)])
+
+        def poll(self):
+            if error := next(polls):
+                raise error
+
+        monkeypatch.setattr(Faults, "poll", poll)
+        cfg = load_cfg(None, settings(data_dir, tmp_path, {"TRAIN.KEEP_CHECKPOINTS": 1, **more}))
+        with pytest.raises(SystemExit):
+            trainer.train(cfg)
+        return [path.name for path in checkpoints(tmp_path)]
+
+    assert stopped_after(3, **{"TRAIN.BATCH_SIZE": 2}) == ["model_epoch_0000_iter_000003.pyth"]
+    assert stopped_after(0, **{"TRAIN.BATCH_SIZE": 4}) == ["model_epoch_0000_iter_000001.pyth"]
+
+
 def overflow_at_first(monkeypatch) -> None:
     """Let the first update of a run overflow, as that of a real network does with the scaler's first factor."""
     real = TrainStep.__call__
@@ -193,6 +215,9 @@ def test_numbers_without_names_are_those_of_the_settings_they_were_written_with(
     path = checkpoint_path(tmp_path, 1)
     write_checkpoint(state_of(cfg, before.model, before.optimizer, before.position), path)
     as_published(path)
+    old = torch.load(path, weights_only=True)
+    old["optimizer_state"]["param_groups"].insert(0, {"params": []})  # of batch norm, where all of it was frozen
+    torch.save(old, path)
     now.resume(path)
     parameters = dict(before.model.named_parameters())
     for name, parameter in now.model.named_parameters():
