@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from evaler import chunks
 from evaler.chunks import Plan, plans, present, read_chunk, read_plan
 from evaler.features import Features, FeaturesError, check_length, load, read_manifest, read_records
 from evaler.identity import IDENTITY_BYTES, Identities
@@ -86,8 +85,12 @@ class Descriptor:
 class _Source:
     """Parts (one collection, or the chunks of a folder) that are read again when a vector is asked for."""
 
-    def __init__(self, parts: Iterable[tuple[int, int]], read: Callable[[int], Features]) -> None:
-        """parts: number of each, and the index of its first image in its list."""
+    def __init__(
+        self, parts: Iterable[tuple[int, int]], read: Callable[[int], Features], *, but_rounded: bool = False
+    ) -> None:
+        """parts: number of each, and the index of its first image in its list. but_rounded: take no descriptor that
+        float16 holds exactly, which was taken over from such a collection."""
+        self._but_rounded = but_rounded
         self._parts, self._read = list(parts), functools.lru_cache(maxsize=2)(read)
         self.place: dict[str, int] = {}  # name -> position in records and sizes
 
@@ -103,8 +106,11 @@ class _Source:
             if part.records is None or part.vectors.shape[1] != dim:
                 continue
             described = np.delete(part.records, [entry.index - first for entry in part.rejected], axis=0)
+            usable = described[:, :IDENTITY_BYTES].any(axis=1)
+            if self._but_rounded:
+                usable &= (part.vectors != part.vectors.astype(np.float16)).any(axis=1)
             taken = []
-            for row in np.flatnonzero(described[:, :IDENTITY_BYTES].any(axis=1)).tolist():
+            for row in np.flatnonzero(usable).tolist():
                 if (name := part.names[row]) in wanted and name not in self.place:
                     self.place[name] = len(self.place)
                     taken.append(row)
@@ -158,7 +164,8 @@ def _unfinished(parent: Path, plan: Plan) -> Iterable[_Source]:
             numbers = sorted(number for number in present(folder, aside=aside) if number < other.chunks)
             if numbers and (aside or folder != own):
                 read = functools.partial(_read_part, folder, other, aside)
-                yield _Source([(number, other.rows(number).start) for number in numbers], read)
+                rounded = other.dtype == "float16" and plan.dtype == "float32"
+                yield _Source([(number, other.rows(number).start) for number in numbers], read, but_rounded=rounded)
 
 
 def _read_part(folder: Path, plan: Plan, aside: bool, number: int) -> Features:
@@ -166,22 +173,29 @@ def _read_part(folder: Path, plan: Plan, aside: bool, number: int) -> Features:
 
 
 def superseded(parent: Path, plan: Plan, names: Sequence[str]) -> list[Path]:
-    """Folders of chunks of former lists that the collection, which is complete now, has taken descriptors from."""
+    """Folders of chunks of former lists whose descriptors are all in the collection, which is complete now."""
     records = read_records(parent, plan.collection, read_manifest(parent, plan.collection))
+    if records is None:
+        return []
+    row = {name: index for index, name in enumerate(names)}
     found = []
     for folder in plans(parent):
         if folder == plan.folder(parent) or not folder.name.startswith(f"{plan.collection}.chunks-"):
             continue
         try:
             other = read_plan(folder)
-            number = min(present(folder), default=None)
-            if records is None or number is None or number >= other.chunks or not made_alike(other.provenance, plan):
+            numbers = present(folder)
+            if not numbers or not made_alike(other.provenance, plan) or plan.dtype not in (other.dtype, "float32"):
                 continue
-            there = set(chunks.read_chunk(folder, other, number).names)
-            old = chunks.read_records(folder, other, number)[:, :IDENTITY_BYTES]
+            if all(_all_there(read_chunk(folder, other, n), other.rows(n), row, records) for n in numbers):
+                found.append(folder)
         except FeaturesError:
             continue
-        now = records[[index for index, name in enumerate(names) if name in there], :IDENTITY_BYTES]
-        if {row.tobytes() for row in now if row.any()} & {row.tobytes() for row in old}:
-            found.append(folder)
     return found
+
+
+def _all_there(part: Features, rows: range, row: dict[str, int], records: np.ndarray) -> bool:
+    """Whether a list (name -> row of its records) has all that is described in a chunk, made of the same bytes."""
+    described = np.delete(part.records, [entry.index - rows.start for entry in part.rejected], axis=0)
+    there = [row.get(name, -1) for name in part.names]
+    return -1 not in there and bool((records[there, :IDENTITY_BYTES] == described[:, :IDENTITY_BYTES]).all())

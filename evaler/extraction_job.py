@@ -74,7 +74,11 @@ class Job:
             cfg.INFER.CHUNK_SIZE,
             hashlib.sha256(name_lines(images.names)).hexdigest(),
             cfg.INFER.DTYPE,
-            {**provenance, "list_sha256": images.sha256(missing_ok=cfg.INFER.SKIP_BROKEN > 0, stat=stat)},
+            {
+                **provenance,
+                "list_sha256": images.sha256(missing_ok=cfg.INFER.SKIP_BROKEN > 0, stat=stat),
+                "limits": [limits.min_side, limits.max_aspect, limits.max_pixels],
+            },
         )
         return cls(cfg, network, images, parent, plan, limits, Identities(images, stat, part))
 
@@ -235,7 +239,10 @@ class Job:
         keys += differing_keys(vars(other), vars(self.plan), but=("provenance",))
         mend = "delete it if it is not wanted"
         if made_alike(other.provenance, self.plan):
-            mend = "descriptors of images that are the same are taken over"
+            mend = (
+                "descriptors of images that are the same are taken over; it is removed once all are, else delete it "
+                "if it is not wanted"
+            )
         print(
             f"note: {folder} holds {len(present(folder))} of {other.chunks} chunks of another extraction (differs in "
             f"{', '.join(keys)}); {mend}",

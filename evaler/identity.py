@@ -53,14 +53,14 @@ class Identities:
     def same(self, indices: Sequence[int], records: np.ndarray, *, title: str = "") -> np.ndarray:
         """Which images (bool [n]) are what their records (uint8 [n, 48]) tell; files are read where stamps differ.
 
-        An image of unknown bytes is the same as long as its file is missing. title: of a bar, if it takes long.
+        An image of unknown bytes is the same as long as it cannot be read. title: of a bar, if it takes long.
         """
         indices = np.asarray(indices, np.int64)
         stamps = self.stamps[indices]
         known = records[:, :IDENTITY_BYTES].any(axis=1)
         same = known & stamps.any(axis=1) & (records[:, IDENTITY_BYTES:] == stamps).all(axis=1)
         same |= ~known & self.missing[indices]
-        doubtful = np.flatnonzero(known & ~same & ~self.missing[indices])
+        doubtful = np.flatnonzero(~same & ~self.missing[indices])
         if len(doubtful):
             with ThreadPoolExecutor(THREADS) as threads:
                 found = threads.map(self._identity_now, indices[doubtful].tolist())
@@ -78,7 +78,7 @@ class Identities:
         try:
             return self._identity(index, hashlib.sha256(self._images.read(index)).digest())
         except ImageError:
-            return b""
+            return bytes(IDENTITY_BYTES)
 
     def _identity(self, index: int, sha256: bytes) -> bytes:
         part = self._part(index)

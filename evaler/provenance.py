@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from evaler.features import Features, FeaturesError
 
-# The list of images: it differs between collections.
-LIST_KEYS = ("list_sha256",)
+# The list of images, and which of them are described: both differ between collections.
+LIST_KEYS = ("list_sha256", "limits")
 # Where the weights lie does not matter, their sha256 does.
 PLACES = ("weights",)
 # Where and by which version descriptors were made, and not what they mean.

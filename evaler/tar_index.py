@@ -24,7 +24,7 @@ from datasets.image_files import EXTENSIONS, is_hidden
 from evaler.image_names import checked_name, first_double
 from evaler.tar_members import members
 
-VERSION = 2
+VERSION = 3
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")  # gzip, bzip2, xz, zstd, zip
 
 
@@ -35,6 +35,7 @@ class Archive:
     path: str  # absolute
     size: int
     mtime_ns: int
+    ctime_ns: int
     images: int = 0
     links: int = 0  # members with an image's extension that are links: their bytes lie elsewhere
     others: int = 0
@@ -53,7 +54,7 @@ class TarIndex:
 
 
 def tar_index(paths: Sequence[str | os.PathLike], cache: Path | None = None) -> TarIndex:
-    """Index archives, or take the index that is in `cache` if path, size and time of change of each are as they were.
+    """Index archives, or take the index that is in `cache` if path, size and times of change of each are as they were.
 
     A name is a member's path without a leading `./`. Regular members with an image's extension (`EXTENSIONS`) count,
     but for hidden ones.
@@ -74,7 +75,7 @@ def _archive(path: str) -> Archive:
         status = os.stat(path)
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
-    return Archive(path, status.st_size, status.st_mtime_ns)
+    return Archive(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -196,7 +197,7 @@ def _load(cache: Path, archives: list[Archive]) -> TarIndex | None:
     if header["version"] != VERSION:
         return None
     found = [Archive(**fields) for fields in header["archives"]]
-    if [Archive(old.path, old.size, old.mtime_ns) for old in found] != archives:
+    if [Archive(old.path, old.size, old.mtime_ns, old.ctime_ns) for old in found] != archives:
         return None
     count = sum(archive.images for archive in found)
     offsets, sizes = np.frombuffer(body, "<i8", 2 * count).reshape(2, count).astype(np.int64)

@@ -309,6 +309,51 @@ def test_broken_images_are_tried_again(place):
     place.check()
 
 
+def test_limits_that_change_count(place, monkeypatch):
+    """Between two runs, and between a stop and the next start."""
+    for index in range(3):
+        write_image(place.photos / f"{index}.jpg", photograph(index, 18, 18))
+    tight = {"INFER__MIN_SIDE": 20, "INFER__SKIP_BROKEN": 3}
+    assert place.run(**tight) == 10
+    assert place.run() == 3
+    assert place.run(**tight) == 0
+    assert len(features.load(place.folder(), "images").names) == 10
+    place.add(20)
+    place.provenance = {"torch": "1"}
+    stop_at(place, monkeypatch, 11)
+    place.run(**tight)
+    place.check(**tight)
+
+
+def test_what_cannot_be_read_does_not_have_the_collection_written_again(place):
+    os.mkfifo(place.photos / "pipe.jpg")
+    assert place.run(INFER__SKIP_BROKEN=1) == 10
+    before = (place.folder() / "images.npy").stat().st_ino
+    assert place.run(INFER__SKIP_BROKEN=1) == 0
+    assert (place.folder() / "images.npy").stat().st_ino == before
+    (place.photos / "pipe.jpg").unlink()
+    write_image(place.photos / "pipe.jpg", photograph(5))
+    assert place.run() == 1
+
+
+def test_an_archive_of_the_old_size_and_time_is_indexed_again(place, trust):
+    paths = [write_image(place.root / f"{index}.bmp", photograph(30 + index)) for index in range(3)]
+    archive = place.root / "set.tar"
+
+    def pack(*order: int) -> os.stat_result:
+        with tarfile.open(archive, "w") as tar:
+            for index in order:
+                tar.add(paths[index], arcname=f"{index}.bmp")
+        return archive.stat()
+
+    old = pack(0, 1, 2)
+    assert place.run(archive) == 3
+    assert pack(1, 0, 2).st_size == old.st_size
+    os.utime(archive, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert place.run(archive) == 0
+    place.check(archive, name="set")
+
+
 # -------------------------------------------------------------------------------------------------- stopped on its way
 
 
@@ -400,6 +445,29 @@ def test_another_folder_of_the_same_name_loses_nothing(place, monkeypatch):
     assert place.run(place.root / "elsewhere" / "photos") == 6
     assert len(list(plans(place.folder()))) == 1
     assert place.run() == 2
+    place.check()
+
+
+def test_a_shorter_list_does_not_cost_the_work_of_a_longer_one(place, monkeypatch):
+    """What was begun of the longer one is kept until a collection has all of it."""
+    stop_at(place, monkeypatch, 9)
+    paths = sorted(place.photos.rglob("*.png"))
+    for path in paths[1:]:
+        path.rename(path.with_suffix(".away"))
+    assert place.run() == 0
+    for path in paths[1:]:
+        path.with_suffix(".away").rename(path)
+    assert place.run() == 2
+    place.check()
+
+
+def test_rounded_descriptors_in_chunks_become_no_exact_ones(place, monkeypatch):
+    place.run(INFER__DTYPE="float16")
+    place.add(20, 21, 22, 23)
+    stop_at(place, monkeypatch, 3, INFER__DTYPE="float16")
+    (folder,) = plans(place.folder())
+    assert present(folder)
+    assert 10 <= place.run() < 14  # but for what was described for these chunks
     place.check()
 
 
