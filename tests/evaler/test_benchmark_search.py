@@ -4,15 +4,16 @@ from evaler import benchmark_search
 from evaler.benchmark_search import search_cases
 from evaler.top_k import top_k
 
-pytest.importorskip("faiss")
+SMALL = (3, 3000, "torch"), (3, 3000, "faiss")
 
 
 def test_both_sides_find_the_same():
-    (case,) = search_cases(queries=3, count=3000, dim=16, k=20, seconds=0)
-    assert case.case == "3 x 3,000 x 16, top 20" and case.ratio > 0
+    pytest.importorskip("faiss")
+    for case, (*_, against) in zip(search_cases(shapes=SMALL, dim=16, k=20, seconds=0, least=2), SMALL, strict=True):
+        assert case.case == "3 x 3,000 x 16, top 20" and case.ours > 0 and case.runs == 2 and against in case.note
 
 
 def test_a_difference_is_not_passed_over(monkeypatch):
     monkeypatch.setattr(benchmark_search, "top_k", lambda q, d, k, shown: top_k(-q, d, k))
     with pytest.raises(AssertionError):
-        list(search_cases(queries=3, count=3000, dim=16, k=20, seconds=0))
+        list(search_cases(shapes=SMALL[:1], dim=16, k=20, seconds=0, least=2))

@@ -36,6 +36,29 @@ def test_equal_to_sorting(seed, kind, count, k, excluding):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("count", [3, 12])  # few queries have a wider bound
+def test_lengths_of_all_kinds_and_ties_in_small_pieces(monkeypatch, count):
+    monkeypatch.setattr(module, "PAIRS_AT_ONCE", 16)
+    monkeypatch.setattr(module, "FEWEST", 1)
+    rng = np.random.default_rng(4)
+    database = np.round(rng.normal(size=(90, 8))).astype(np.float32)
+    database[::7] *= np.float32(1e4)  # their scores are rounded more than others differ
+    database[3:9] = database[30:36] = database[2]
+    queries = rng.normal(size=(count, 8)).astype(np.float32)
+    scores, indices = top_k(queries, database, 20)
+    for (order, expected), found, at in zip(sorted_(queries, database, 20), scores, indices, strict=True):
+        assert at.tolist() == order and np.array_equal(found, expected)
+
+
+def test_memory_of_many_queries_is_bounded_where_all_tie(monkeypatch):
+    monkeypatch.setattr(module, "ROWS_A_CHUNK", 4096)
+    tracemalloc.start()
+    top_k(np.ones((64, 2), np.float32), np.ones((4096, 2), np.float32), 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32e6  # 262,144 pairs
+
+
 def test_many_candidates_are_reduced_to_the_right_ones():
     rng = np.random.default_rng(0)
     database = rng.normal(size=(60_000, 16)).astype(np.float32)
@@ -75,8 +98,9 @@ def test_an_empty_database():
 
 
 @pytest.mark.parametrize("alike", [False, True])
-def test_memory_does_not_grow_with_the_database(alike):
+def test_memory_does_not_grow_with_the_database(alike, monkeypatch):
     """Not even where all images tie."""
+    monkeypatch.setattr(module, "ROWS_A_CHUNK", 2048)  # on any number of cores chunks are about as large for both
     rng = np.random.default_rng(1)
     database, peaks = rng.normal(size=(200_000, 8)).astype(np.float16), []
     database[:] = database[0] if alike else database
