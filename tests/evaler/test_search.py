@@ -322,3 +322,9 @@ def test_the_entry_files(tmp_path):
         line += ["q.jpg"] if name == "search" else ["SEARCH.INDEX", "Flat"]
         done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=child_environment(), timeout=60)
         assert done.returncode == 2 and done.stderr.startswith("error: absent: no such folder of descriptors")
+
+
+@pytest.mark.parametrize("told", [None, True, 5, [1], {"a": []}, "x" * 5000, "\0"])
+def test_provenance_that_names_no_file_of_weights(told):
+    found = Features(["a"], np.ones((1, 1), np.float32), np.ones((1, 2), np.int32), {"weights": told})
+    assert neighbours.with_weights_of(None, ["RNG_SEED", "2"], found).TEST.WEIGHTS == ""
