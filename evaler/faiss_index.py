@@ -17,13 +17,14 @@ from yacs.config import CfgNode
 
 from core.counter import bar
 from core.environment import atomic_write, sha256_file, write_json
-from evaler.checked_results import check_found
+from evaler.checked_results import TOLERANCE, check_found
 from evaler.features import FeaturesError, chunks, load, read_manifest
 from evaler.top_k import top_k
 
 MOST_TRAINED_ON = 1 << 18
 TRIED_ON = 1 << 10  # images that a string is tried on before all are
 CELLS = re.compile(r"(?<![A-Za-z])IVF[0-9]+")  # in a factory string
+CHECKED = 32  # images that an index is asked for when it is opened
 PROBED, PROBED_TOP = 200, 10  # images that the recall is measured with, and at which rank
 
 
@@ -142,7 +143,30 @@ def read(cfg: CfgNode, folder: Path, collection: str):
         raise FeaturesError(f"{path}: faiss cannot read it: {_last_line(error)}; {mend}") from None
     _check(index, path, read_manifest(folder, collection), mend)
     _set_parameters(index, cfg.SEARCH.PARAMETERS)
+    _check_rows(index, load(folder, collection).vectors, path, mend)
     return faiss.index_cpu_to_all_gpus(index) if _gpus(cfg) else index
+
+
+def _check_rows(index, vectors: np.ndarray, path: Path, mend: str) -> None:
+    """Raise `FeaturesError` for an index whose numbers are those of other images.
+
+    Some images' own descriptors are asked for. An index that compresses gives scores that are near those of the rows it
+    names; those of any other rows are further off, by all that the images found are more alike than others.
+    """
+    asked = np.unique(np.linspace(0, len(vectors) - 1, CHECKED).astype(int))
+    queries = np.asarray(vectors[asked], dtype=np.float32)
+    scores, rows = search(index, queries, PROBED_TOP, source=str(path))
+    there = rows >= 0
+    if not there.any():
+        return
+    others = np.random.default_rng(2).permutation(np.maximum(rows, 0).ravel()).reshape(rows.shape)
+    right, wrong = (
+        np.abs(np.einsum("qd,qkd->qk", queries, np.asarray(vectors[of], np.float32)) - scores)[there].mean()
+        for of in (np.maximum(rows, 0), others)
+    )
+    # Where all images are alike, compression may be off by as much as they differ.
+    if right > max(TOLERANCE, 0.05 * np.abs(scores[there]).mean(), 0.6 * wrong):
+        raise FeaturesError(f"{path}: its scores are not those of the images it names; {mend}")
 
 
 def _check(index, path: Path, manifest: dict, mend: str) -> None:

@@ -174,6 +174,22 @@ def test_an_index_is_not_believed_for_its_description(tmp_path, how, message):
         faiss_index.read(load_cfg(None, SEARCHED), tmp_path, "images")
 
 
+@pytest.mark.parametrize("factory", ["IVF4,Flat", "IVF4,SQ8", "IVF4,PQ4x4"])
+def test_an_index_whose_numbers_are_mixed_is_refused(tmp_path, factory):
+    faiss = pytest.importorskip("faiss")
+    vectors = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
+    save(tmp_path, "images", Features([str(i) for i in range(400)], vectors, np.ones((400, 2), np.int32), {}))
+    for ids in (np.arange(400), np.random.default_rng(1).permutation(400)):
+        index = faiss.index_factory(8, factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+        index.add_with_ids(vectors, ids)
+        put_index(tmp_path, index)
+        if ids[0] == 0 and ids[1] == 1:
+            faiss_index.read(load_cfg(None, SEARCHED), tmp_path, "images")
+    with pytest.raises(FeaturesError, match="not those of the images it names"):
+        faiss_index.read(load_cfg(None, SEARCHED), tmp_path, "images")
+
+
 @pytest.mark.parametrize(
     ("scores", "rows", "message"),
     [
