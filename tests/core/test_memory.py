@@ -1,12 +1,14 @@
 """The estimate of a run's memory against real numbers, and what is free against files as the kernel writes them."""
 
+import sys
+
 import pytest
 import torch
 
 from core import memory
 from core.builders import build_classifier
 from core.config import load_cfg
-from tests.small_run import SMALL_MODEL, overrides
+from tests.small_run import SMALL_MODEL, overrides, script, start
 
 CPU = torch.device("cpu")
 
@@ -91,3 +93,29 @@ def test_what_the_machine_has(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:   40 kB\n")
     assert memory._free_of_machine(tmp_path / "meminfo") == 40 << 10
     assert 0 < memory.available(CPU) < 1 << 50
+
+
+REAL = """
+import sys, torch
+from core import memory
+from core.builders import build_classifier, build_optimizer, build_step
+from core.config import load_cfg
+torch.set_num_threads(1)
+cfg = load_cfg(None, sys.argv[1:])
+model = build_classifier(cfg).to(memory_format=torch.channels_last).train()
+step = build_step(cfg, model, build_optimizer(cfg, model))
+need = memory.estimate(cfg, model)
+held = lambda key: next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith(key))
+images = torch.zeros(16, 3, 160, 160).contiguous(memory_format=torch.channels_last)
+before = held("VmRSS")
+for number in (1, 2):
+    step(images, torch.zeros(16, dtype=torch.int64), number=number)
+print((held("VmHWM") - before) / (need.total - need.weights))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_estimate_against_what_two_steps_take(tmp_path):
+    cfg = overrides(SMALL_MODEL, {"NUM_GPUS": 0, "TEST.SPLIT": "", "TRAIN.BATCH_SIZE": 16, "TRAIN.IM_SIZE": 160})
+    output, errors = start(script(tmp_path, REAL), *cfg).communicate(timeout=200)
+    assert 0.5 < float(output) < 1.6, errors
