@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     for job in waiting:
         print(job.finish())
     for job in jobs:
-        if job.is_joined():
+        if cfg.INFER.EXPORT and job.is_there():
             export(job.parent, job.plan.collection, cfg.INFER.EXPORT)
 
 

@@ -133,8 +133,24 @@ class Job:
             return False  # absent or broken: it is extracted anew
         return self.is_joined()
 
+    def _another_joined(self) -> bool:
+        """Whether all is complete by now, which it was not at the start: another shard has joined it."""
+        return self.is_joined() and self.is_there()  # in this order: a manifest of other images is soon seen
+
     def chunks_left(self, cut: int, total: int) -> list[int]:
-        """Those of a shard that are missing, or of which an image has changed since: these are set aside."""
+        """Those of a shard that are missing, or of which an image has changed since: these are set aside.
+
+        None of them once another shard has joined all, whose chunks are gone then.
+        """
+        try:
+            left = self._chunks_left(cut, total)
+        except (FeaturesError, FileNotFoundError):  # of a chunk that was there a moment ago
+            if not self._another_joined():
+                raise
+            return []
+        return [] if left and self._another_joined() else left
+
+    def _chunks_left(self, cut: int, total: int) -> list[int]:
         there = present(self.folder)
         numbers = self.plan.shard(cut, total)
         unsure = [number for number in numbers if number in there and number not in self._checked]
@@ -307,25 +323,31 @@ class Job:
     def finish(self) -> str:
         """Join the chunks if all of them are there, whichever shard made them; say how things stand."""
         absent = len(missing(self.folder, self.plan))
-        if absent and not self.is_joined():  # if it is, another shard has done so
+        if absent and not self._another_joined():
             return f"{self.title}: this shard is done; {absent} of {self.plan.chunks} chunks are still to come"
         if not absent:
-            if self._rejected() > self.cfg.INFER.SKIP_BROKEN:
-                raise FeaturesError(
-                    f"{self.folder}: {self._rejected()} images are rejected, INFER.SKIP_BROKEN allows "
-                    f"{self.cfg.INFER.SKIP_BROKEN}; raise it, or mend the images and extract again"
-                )
             try:
-                join(self.parent, self.plan)
+                self._join()
             except InUse:
                 return f"{self.title}: this shard is done; the last one to end joins all"
-            for folder in superseded(self.parent, self.plan, self.images.names):
-                with contextlib.suppress(InUse), folder_lock(folder):
-                    discard(folder)
+            except (ValueError, OSError):  # chunks that were there a moment ago
+                if not self._another_joined():
+                    raise
         path = feature_path(self.parent, self.plan.collection)
         rejected = len(read_manifest(self.parent, self.plan.collection)["rejected"])
         others = f", {rejected} images are rejected and listed in {path}" if rejected else ""
         return f"{self.title}: {len(self.images) - rejected} descriptors are in {self.parent}{others}"
+
+    def _join(self) -> None:
+        if self._rejected() > self.cfg.INFER.SKIP_BROKEN:
+            raise FeaturesError(
+                f"{self.folder}: {self._rejected()} images are rejected, INFER.SKIP_BROKEN allows "
+                f"{self.cfg.INFER.SKIP_BROKEN}; raise it, or mend the images and extract again"
+            )
+        join(self.parent, self.plan)
+        for folder in superseded(self.parent, self.plan, self.images.names):
+            with contextlib.suppress(InUse), folder_lock(folder):
+                discard(folder)
 
 
 def workers_of(cfg: CfgNode, *, gpu: bool) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def join(parent: Path, plan: Plan) -> None:
     with folder_lock(folder):
         absent = missing(folder, plan)
         if absent:
+            with contextlib.suppress(OSError):  # one that holds nothing: the lock has made it, where another has joined
+                folder.rmdir()
             raise FeaturesError(
                 f"{folder}: chunk {some(absent)} of {plan.chunks} missing; run the extraction again to complete it"
             )
@@ -44,12 +47,20 @@ def join(parent: Path, plan: Plan) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove the chunks of a collection that is joined, whatever is left of them."""
+    """Remove the chunks of a collection that is joined, whatever is left of them.
+
+    What cannot be removed stays for the next run: network file systems keep a file that another process still reads.
+    """
     joined = folder.with_name(folder.name.replace(".chunks-", ".joined-"))
-    shutil.rmtree(joined, ignore_errors=True)  # of an earlier one that was killed here
-    with contextlib.suppress(FileNotFoundError):
+    shutil.rmtree(joined, ignore_errors=True)  # of an earlier one that ended here
+    try:
         folder.rename(joined)  # first, or a half of them would look like an extraction that is not finished
-        shutil.rmtree(joined)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        print(f"note: {folder} is not needed any more, but cannot be removed: {error.strerror}", file=sys.stderr)
+    else:
+        shutil.rmtree(joined, ignore_errors=True)
 
 
 def _parts(folder: Path, plan: Plan) -> Iterator[Features]:

@@ -1,13 +1,16 @@
 """Chunks on disk, and the collection made of them: complete, in order, of one extraction, or refused by name."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,6 +251,26 @@ def test_killed_while_joining_it_can_be_done_again(tmp_path):
     before = (tmp_path / "images.npy").read_bytes()
     join(tmp_path, plan)
     assert (tmp_path / "images.npy").read_bytes() == before and not list(plans(tmp_path))
+
+
+def test_chunks_that_cannot_be_removed_stop_nothing(tmp_path, monkeypatch, capsys):
+    """As on NFS, where a file that is still open stays as .nfs...: another run removes it."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    plan = make_plan()
+    write_all(tmp_path, plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", refuse)
+        join(tmp_path, plan)
+    assert list(tmp_path.glob("*.joined-*")) and load(tmp_path, plan.collection).names == NAMES
+    joining.discard(plan.folder(tmp_path))
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    plan.folder(tmp_path).mkdir()
+    monkeypatch.setattr(Path, "rename", refuse)
+    joining.discard(plan.folder(tmp_path))
+    assert "is not needed any more, but cannot be removed: Directory not empty" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path, capsys):

@@ -16,6 +16,7 @@ from core.environment import sha256_file
 from datasets.gldv2_lists import make_lists
 from datasets.image import decode
 from evaler import extract, extraction_job, features, join, labelled_protocol
+from evaler.chunks import plans, read_plan
 from evaler.images import revisited_set
 from evaler.multiscale import describe, describe_batch
 from tests.small_run import SMALL_MODEL, cut_short, overrides, photograph, retrieval_set, write_image
@@ -567,7 +568,7 @@ def test_a_join_that_is_killed_at_its_end_leaves_no_trap(place, monkeypatch, kil
     """All is written, the chunks are there still, or half of them: neither a merge nor another run stumbles."""
 
     def killed(folder, *_, **how):
-        if not how:  # else a removal of what an earlier join has left, and there is nothing
+        if folder.exists():  # else a removal of what an earlier join has left, and there is nothing
             (folder / "plan.json").unlink()
             raise KeyboardInterrupt
 
@@ -583,3 +584,39 @@ def test_a_join_that_is_killed_at_its_end_leaves_no_trap(place, monkeypatch, kil
     place.run()
     assert sha256_file(place.out / "features" / "toy" / "queries.npy") == expected
     assert not [path for path in (place.out / "features" / "toy").iterdir() if path.is_dir()]
+
+
+def test_another_shard_joins_all_in_the_meantime(place, monkeypatch, capsys):
+    """Two shards that end at once: whichever comes second says what the first says, and leaves nothing behind."""
+    place.run(INFER__CHUNK_SIZE=1, INFER__TOTAL_NUM=2, INFER__CUT_NUM=1)
+    with monkeypatch.context() as patch:  # all chunks are there, joined by none
+        patch.setattr(extraction_job.Job, "finish", lambda job: "")
+        place.run(INFER__CHUNK_SIZE=1, INFER__TOTAL_NUM=2, INFER__CUT_NUM=2)
+    unfinished = place.out
+    # before the lock, before rejected images are counted, before a shard looks for its chunks, while it looks
+    for name in ("join", "read_header", "present", "read_records_of_chunk"):
+        place.out = place.root / name
+        shutil.copytree(unfinished, place.out)
+        folder = place.out / "features" / "toy"
+        itself = getattr(extraction_job, name)
+
+        def second(*arguments, name=name, folder=folder, first=itself, **more):
+            monkeypatch.setattr(extraction_job, name, first)
+            for chunks in list(plans(folder)):
+                join.join(folder, read_plan(chunks))
+            return first(*arguments, **more)
+
+        monkeypatch.setattr(extraction_job, name, second)
+        place.run(INFER__CHUNK_SIZE=1, INFER__TOTAL_NUM=2, INFER__CUT_NUM=1)
+        out = capsys.readouterr().out
+        assert "toy queries: 2 descriptors are in" in out and "toy database: 5 descriptors are in" in out, name
+        assert getattr(extraction_job, name) is itself and len(place.load("database").names) == 5
+        assert not [path for path in folder.iterdir() if path.is_dir()], name
+
+
+def test_a_damaged_collection_is_not_taken_for_one_that_another_shard_has_joined(place, capsys):
+    place.run(INFER__CHUNK_SIZE=1)
+    (place.out / "features" / "toy" / "database.npy").write_bytes(b"cut short")
+    capsys.readouterr()
+    place.run(INFER__CHUNK_SIZE=1, INFER__TOTAL_NUM=2, INFER__EXPORT="npz")
+    assert "toy database: this shard is done; 2 of 5 chunks are still to come" in capsys.readouterr().out
