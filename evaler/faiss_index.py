@@ -144,7 +144,10 @@ def read(cfg: CfgNode, folder: Path, collection: str):
     _check(index, path, read_manifest(folder, collection), mend)
     _set_parameters(index, cfg.SEARCH.PARAMETERS)
     _check_rows(index, load(folder, collection).vectors, path, mend)
-    return faiss.index_cpu_to_all_gpus(index) if _gpus(cfg) else index
+    try:
+        return faiss.index_cpu_to_all_gpus(index) if _gpus(cfg) else index
+    except RuntimeError as error:  # a kind or a number of cells that GPUs do not search, or too little memory
+        raise ValueError(f"{path}: faiss cannot search it on a GPU: {_last_line(error)}; set NUM_GPUS 0") from None
 
 
 def _check_rows(index, vectors: np.ndarray, path: Path, mend: str) -> None:
@@ -182,8 +185,14 @@ def _check(index, path: Path, manifest: dict, mend: str) -> None:
 
 
 def search(index, queries: np.ndarray, k: int, *, source: str = "SEARCH.INDEX") -> tuple[np.ndarray, np.ndarray]:
-    """As `top_k`, by an index; -1 stands where it finds fewer than k. Raises `FeaturesError` as `check_found`."""
-    scores, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, index.ntotal))
+    """As `top_k`, by an index; -1 stands where it finds fewer than k.
+
+    Raises `FeaturesError` as `check_found`, `ValueError` for what faiss refuses: more than 2048 images on a GPU.
+    """
+    try:
+        scores, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, index.ntotal))
+    except RuntimeError as error:
+        raise ValueError(f"{source}: faiss refuses it: {_last_line(error)}") from None
     check_found(scores, rows, index.ntotal, source=source)
     return scores, rows
 

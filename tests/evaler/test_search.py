@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +207,23 @@ def test_results_are_not_believed(scores, rows, message):
     with pytest.raises(FeaturesError, match=message):
         check_found(scores, rows, 5, source="SEARCH.INDEX")
     check_found(np.array([[2, 1, -9]], np.float32), np.array([[4, 0, -1]]), 5, source="SEARCH.INDEX")
+
+
+def test_what_a_gpu_cannot_search_is_told_in_one_line(tmp_path, monkeypatch):
+    faiss = pytest.importorskip("faiss")
+
+    def refuse(*_):
+        raise RuntimeError("Error in faiss::gpu at GpuIndex.cu:192:\nGPU index only supports k <= 2048")
+
+    on_gpu = SimpleNamespace(ntotal=5000, search=refuse)
+    with pytest.raises(ValueError, match="^SEARCH.INDEX: faiss refuses it: .* k <= 2048$"):
+        faiss_index.search(on_gpu, np.zeros((1, 8), np.float32), 3000)
+    save(tmp_path, "images", some_features([str(i) for i in range(20)]))
+    faiss_index.build(load_cfg(None, SEARCHED), tmp_path, "images")
+    monkeypatch.setattr(faiss_index, "_gpus", lambda cfg: 1)
+    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", refuse, raising=False)
+    with pytest.raises(ValueError, match="faiss: faiss cannot search it on a GPU: .* k <= 2048; set NUM_GPUS 0$"):
+        faiss_index.read(load_cfg(None, SEARCHED), tmp_path, "images")
 
 
 @pytest.mark.parametrize(
