@@ -97,25 +97,24 @@ def test_what_the_machine_has(tmp_path):
 
 REAL = """
 import sys, torch
-from core import memory
-from core.builders import build_classifier, build_optimizer, build_step
+from core.builders import build_classifier
 from core.config import load_cfg
 torch.set_num_threads(1)
 cfg = load_cfg(None, sys.argv[1:])
 model = build_classifier(cfg).to(memory_format=torch.channels_last).train()
-step = build_step(cfg, model, build_optimizer(cfg, model))
-need = memory.estimate(cfg, model)
 held = lambda key: next(int(x.split()[1]) << 10 for x in open("/proc/self/status") if x.startswith(key))
-images = torch.zeros(16, 3, 160, 160).contiguous(memory_format=torch.channels_last)
+images = torch.zeros(16, 3, 128, 128).contiguous(memory_format=torch.channels_last)
 before = held("VmRSS")
-for number in (1, 2):
-    step(images, torch.zeros(16, dtype=torch.int64), number=number)
-print((held("VmHWM") - before) / (need.total - need.weights))
+model(images, torch.zeros(16, dtype=torch.int64))[0].backward()
+print(held("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_the_estimate_against_what_two_steps_take(tmp_path):
-    cfg = overrides(SMALL_MODEL, {"NUM_GPUS": 0, "TEST.SPLIT": "", "TRAIN.BATCH_SIZE": 16, "TRAIN.IM_SIZE": 160})
-    output, errors = start(script(tmp_path, REAL), *cfg).communicate(timeout=200)
-    assert 0.5 < float(output) < 1.6, errors
+def test_the_estimate_against_what_forward_and_backward_take(tmp_path):
+    """Without an optimizer, for which PyTorch imports its compiler: that takes longer than all the rest."""
+    given = overrides(SMALL_MODEL, {"NUM_GPUS": 0, "TEST.SPLIT": "", "TRAIN.BATCH_SIZE": 16, "TRAIN.IM_SIZE": 128})
+    output, errors = start(script(tmp_path, REAL), *given).communicate(timeout=200)
+    cfg = load_cfg(None, given)
+    need = memory.estimate(cfg, build_classifier(cfg))
+    assert 0.5 < int(output) / (need.gradients + need.activations) < 1.6, errors
