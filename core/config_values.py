@@ -13,7 +13,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from core.safe_yaml import LARGEST_INT, YamlError, read_yaml
+from core.safe_yaml import LARGEST_INT, MOST_TEXT, YamlError, read_yaml
 
 # Keys of pycls and of the published YAML files that nothing reads (most were not read there either).
 IGNORED = {
@@ -37,7 +37,11 @@ class ConfigError(ValueError):
 def merge_yaml(cfg: CfgNode, path: Path, *, defaults: CfgNode) -> list[str]:
     """Merge a YAML file into `cfg`; return the notes about keys without effect."""
     try:
-        text = path.read_text(encoding="utf-8")
+        # A weight file named by mistake is not read to its end, nor a pipe that nobody writes to.
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: cannot be read as a configuration file: it is no file")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_TEXT + 1)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file (see configs/)") from None
     except (OSError, UnicodeDecodeError) as error:

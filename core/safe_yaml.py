@@ -27,7 +27,7 @@ class YamlError(ValueError):
 def read_yaml(text: str) -> Any:
     """Mappings, lists, text, numbers, booleans and None. Raises `YamlError`; time and memory are bounded."""
     if len(text) > MOST_TEXT:
-        raise YamlError(f"it has {len(text):,} characters, more than the {MOST_TEXT:,} of any configuration")
+        raise YamlError(f"it has more than the {MOST_TEXT:,} characters of any configuration")
     try:
         return yaml.load(text, _PlainLoader)
     except yaml.MarkedYAMLError as error:

@@ -18,6 +18,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2
 _BREAKS = re.compile(r"[\t\r\n]+")
 _TQDM_MOVES = re.compile(r"[\r\n]*(\x1b\[A)+[\r\n]*")  # how tqdm goes from one bar to another
 STDOUT = "stdout"
+LONGEST_LINE = 1500  # characters; a value or a name that a message quotes can have any length
 BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE: what a shell gives for a program that the signal ended
 
 
@@ -27,8 +28,11 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` without control characters, on one line."""
-    return printable(_BREAKS.sub(" ", text.strip()))
+    """`text` without control characters, on one line that can still be read."""
+    line = printable(_BREAKS.sub(" ", text.strip()))
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
 
 
 class _Printable:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from yacs.config import CfgNode
 
 from core.builders import build_descriptor, load_tested_weights
 from core.config import get_cfg, load_cfg
@@ -25,8 +24,17 @@ BASIC_DEPTHS = (18, 34)
 class Describer:
     """From photographs to descriptors, as `evaler/infer.py` makes them for images that are not cropped."""
 
-    def __init__(self, network: nn.Module, *, scales: Sequence[float], max_pixels: int, max_level_pixels: int) -> None:
-        """`network` is that of `model.inference.for_inference`."""
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        scales: Sequence[float],
+        max_pixels: int,
+        max_level_pixels: int,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """`network` is that of `model.inference.for_inference`; `notes` tell what of a file of weights was loaded."""
+        self.notes = tuple(notes)
         self.network, self.scales = network, tuple(scales)
         self.max_pixels, self.max_level_pixels = max_pixels, max_level_pixels
 
@@ -68,7 +76,8 @@ def load(
 ) -> Describer:
     """A describer with the weights of a file or an http(s) address: published ones, or a checkpoint of ours.
 
-    The architecture is what the file's tensors and its own configuration tell; `settings` (KEY VALUE ...) win over
+    The architecture is what the file's tensors and its own configuration tell, and `notes` of the describer say what
+    else there is to know (which of two sets of weights is used); `settings` (KEY VALUE ...) win over
     them. `device` is `cpu` or `cuda` (default: a GPU if there is one). Raises `WeightsError` for a file that is none,
     and `DownloadError`.
     """
@@ -76,18 +85,15 @@ def load(
     path = local_path(os.path.expanduser(weights), Path(get_cfg().DOWNLOAD_CACHE).expanduser())
     cfg = load_cfg(None, [*settings_of(path), "TEST.WEIGHTS", str(path), "NUM_GPUS", "0", *settings])
     network = build_descriptor(cfg)
-    load_tested_weights(cfg, network)
+    _, notes = load_tested_weights(cfg, network)
     torch.backends.cudnn.allow_tf32 = False  # or cuDNN rounds the inputs of float32 convolutions to 10 bits
     network = network.to(device, memory_format=torch.channels_last).eval()
-    return _describer(cfg, for_inference(network, precision=precision, compiled=compiled), scales)
-
-
-def _describer(cfg: CfgNode, network: nn.Module, scales: Sequence[float] | None) -> Describer:
     return Describer(
-        network,
+        for_inference(network, precision=precision, compiled=compiled),
         scales=scales or cfg.INFER.SCALES,
         max_pixels=cfg.INFER.MAX_PIXELS,
         max_level_pixels=cfg.INFER.MAX_LEVEL_PIXELS,
+        notes=notes,
     )
 
 

@@ -147,6 +147,18 @@ def _of(queries: Features, wanted: Iterable[str]) -> tuple[list[str], np.ndarray
     return described, np.asarray(queries.vectors[[row[query] for query in described]], dtype=np.float32)
 
 
+def _tell_of_absent(index: Features, solution: Solution, place: Path) -> None:
+    """A part of the index set scores low, and nothing else would show why."""
+    right = set().union(*(images for queries in solution.values() for images in queries.values()))
+    absent = right - _rows(index).keys() - _rejected(index)
+    if absent:
+        print(
+            f"note: {len(absent)} of the {len(right)} images that are right for a query are not in {place} and cannot "
+            f"be found: {some(sorted(absent))}",
+            file=sys.stderr,
+        )
+
+
 def _rejected(queries: Features) -> set[str]:
     return {image_id(entry.name) for entry in queries.rejected} - _rows(queries).keys()
 
@@ -190,5 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         lost = f", {rejected[usage]} of them rejected: {NOT_SEEN[args.task]}" if rejected[usage] else ""
         counts = f"{len(solution[usage])} queries{lost}, {len(searched.names)} images"
         print(f"  {metric} {usage:<8}{score:>8.2f}   ({counts})")
+    if args.task == "retrieval":
+        _tell_of_absent(searched, solution, args.searched)
     if searched.rejected:
         print(f"note: {len(searched.rejected)} images of {args.searched} were rejected and not found", file=sys.stderr)

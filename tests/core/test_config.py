@@ -1,5 +1,6 @@
 import ast
 import io
+import os
 import re
 import time
 import tokenize
@@ -315,6 +316,12 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfd")
     with pytest.raises(ConfigError, match=r"binary\.yaml: cannot be read"):
         load_cfg(tmp_path / "binary.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")  # nobody writes to it
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: cannot be read as a configuration file: it is no file"):
+        load_cfg(tmp_path / "pipe.yaml")
+    (tmp_path / "huge.yaml").write_text("a: b\n" * 50_000)
+    with pytest.raises(ConfigError, match="more than the 200,000 characters"):
+        load_cfg(tmp_path / "huge.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert load_cfg(tmp_path / "empty.yaml") == get_cfg()
 

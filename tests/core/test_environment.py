@@ -317,6 +317,17 @@ def test_names_never_control_the_terminal(capsys):
     assert err == f"note: {escaped}\nerror: {escaped} error: forged: a second line\n"
 
 
+def test_a_message_can_be_read_whatever_it_quotes(capsys):
+    @entry_point
+    def main():
+        raise ValueError(f"KEY {'9' * 100_000} is not one of: 1, 2")
+
+    with pytest.raises(SystemExit):
+        main()
+    message = capsys.readouterr().err
+    assert len(message) < 1600 and message.startswith("error: KEY 999") and message.endswith("9 is not one of: 1, 2\n")
+
+
 def test_what_the_streams_were_comes_back_after_a_command(capsys):
     before = sys.stdout, sys.stderr
     errors = sys.stdout.errors

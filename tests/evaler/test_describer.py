@@ -104,7 +104,9 @@ def test_the_pycls_average_is_told_by_its_errors(tmp_path):
     content = torch.load(path, weights_only=True)
     broken = {key: torch.full_like(value, 0) for key, value in content["model_state"].items()}
     torch.save(content | {"ema_state": broken}, path)
-    load(path, scales=[1.0])(np.full((40, 40, 3), 99, np.uint8))
+    describe = load(path, scales=[1.0])
+    describe(np.full((40, 40, 3), 99, np.uint8))
+    assert any("the last weights are used, not their moving average" in note for note in describe.notes)
 
 
 def test_from_torch_hub(tmp_path, photographs):
