@@ -248,7 +248,8 @@ def test_validation_uses_plain_cosines_over_each_image_once(configured, capsys):
     with torch.no_grad():
         for index in range(len(dataset)):
             sample = dataset[index]
-            label, descriptor = int(sample.labels), model.descriptors(sample.images.permute(0, 3, 1, 2))[0]
+            label = int(sample.labels[0])
+            descriptor = model.descriptors(torch.as_tensor(sample.images).permute(0, 3, 1, 2))[0]
             weights = model.desc_cls.weight
             cosines = weights @ descriptor / weights.norm(dim=1) / descriptor.norm()
             losses.append(torch.logsumexp(30 * cosines, 0) - 30 * cosines[label])
