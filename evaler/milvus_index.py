@@ -22,6 +22,8 @@ BATCH = 1000  # rows sent at once: 2 MB of 512-d descriptors
 TIMEOUT = 20.0  # seconds
 TOKEN = "MILVUS_TOKEN"  # the environment's, so that no secret stands in a configuration
 MOST_FOUND = 16384  # by Milvus at once
+ASKED = 256  # queries a request: Milvus takes 16384 at most
+ANSWERED = 1 << 18  # images found a request, whose answer would take gigabytes else
 
 
 class MilvusError(ValueError):
@@ -71,14 +73,17 @@ def search(uri: str, folder: Path, collection: str, queries: np.ndarray, k: int)
         _check_form(client, uri, name, vectors.shape[1])
         client.load_collection(name)
         _whole(client, uri, name, len(vectors), mend=mend)
-        found = client.search(name, data=list(np.asarray(queries, np.float32)), limit=k, consistency_level="Strong")
-    if [len(hits) for hits in found] != [k] * len(queries):
-        raise MilvusError(f"SEARCH.URI {uri}: did not find {k} images for each of {len(queries)} queries")
-    scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-    for place, hits in enumerate(found):
-        scores[place], rows[place] = [hit["distance"] for hit in hits], [hit["row"] for hit in hits]
-        order = np.lexsort((rows[place], -scores[place]))
-        scores[place], rows[place] = scores[place][order], rows[place][order]
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        size = max(1, min(ASKED, ANSWERED // max(k, 1)))
+        for first in range(0, len(queries), size):
+            some = list(np.asarray(queries[first : first + size], np.float32))
+            found = client.search(name, data=some, limit=k, consistency_level="Strong")
+            if [len(hits) for hits in found] != [k] * len(some):
+                raise MilvusError(f"SEARCH.URI {uri}: did not find {k} images for each of {len(some)} queries")
+            for place, hits in enumerate(found, start=first):
+                scores[place], rows[place] = [hit["distance"] for hit in hits], [hit["row"] for hit in hits]
+                order = np.lexsort((rows[place], -scores[place]))
+                scores[place], rows[place] = scores[place][order], rows[place][order]
     source = f"SEARCH.URI {uri} ({name})"
     if (rows < 0).any():
         raise MilvusError(f"{source}: found rows that are none of the {len(vectors)} images; drop it, then {mend}")

@@ -53,7 +53,18 @@ def described(folder, count=330, seed=0, dim=16):
 
 
 @needs_milvus
-def test_what_is_found_is_what_exact_search_finds(tmp_path):
+def test_what_is_found_is_what_exact_search_finds(tmp_path, monkeypatch):
+    import pymilvus
+
+    asked, search_at_once = [], pymilvus.MilvusClient.search
+
+    def noted(self, name, *, data, limit, **more):
+        asked.append((len(data), limit))
+        return search_at_once(self, name, data=data, limit=limit, **more)
+
+    monkeypatch.setattr(pymilvus.MilvusClient, "search", noted)
+    monkeypatch.setattr(milvus_index, "ASKED", 3)
+    monkeypatch.setattr(milvus_index, "ANSWERED", 400)
     vectors, uri = described(tmp_path / "my photos"), str(tmp_path / "a.db")
     name, count = build(uri, tmp_path / "my photos", "images")
     assert (
@@ -64,6 +75,7 @@ def test_what_is_found_is_what_exact_search_finds(tmp_path):
         exact, expected = top_k(vectors[:7], vectors, k)
         np.testing.assert_array_equal(rows, expected)
         np.testing.assert_allclose(scores, exact, atol=1e-6)
+    assert asked == [(3, 1), (3, 1), (1, 1), (3, 10), (3, 10), (1, 10)] + 7 * [(1, 330)]
     assert build(uri, tmp_path / "my photos", "images") == (name, 330)  # nothing is doubled
 
 
