@@ -64,7 +64,7 @@ def test_train(trained, place):
     assert len(notes) == 2
     assert "left at their initial values" in notes[0] and "localmodel" in notes[0] and "pool_g" in notes[0]
     assert "left aside: head.fc.bias, head.fc.weight (2 tensors)" in notes[1]
-    records = read_stats(out.splitlines())
+    records = read_stats((place / "output" / "stdout.log").read_text().splitlines())
     kinds = [record["_type"] for record in records]
     assert kinds == ["train_iter", "train_epoch", "test_epoch"] and records[-1]["images"] == 3
     checkpoint = torch.load(place / "output" / "checkpoints" / "model_epoch_0001.pyth", weights_only=True)

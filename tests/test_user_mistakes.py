@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from core import builders
+from core.checkpoint import checkpoints
 from core.config import load_cfg
+from model.weights import read_checkpoint
 from tests.small_run import (
     ROOT,
     SMALL_MODEL,
@@ -137,6 +139,8 @@ MISTAKES = {
 
 
 AFTER_THE_QUERIES = "truncated image of the database"
+# Met after the first updates, which are saved.
+WHILE_TRAINING = ("truncated image", "truncated image met by a worker", "truncated image to validate")
 
 
 class Harmful:
@@ -224,11 +228,18 @@ def test_one_clear_line(name, ended, folder):
     assert line.startswith(f"error: {first}") and all(part in line for part in others), line
 
 
-@pytest.mark.parametrize("name", sorted(MISTAKES.keys() - {AFTER_THE_QUERIES}))
+@pytest.mark.parametrize("name", sorted(MISTAKES.keys() - {AFTER_THE_QUERIES, *WHILE_TRAINING}))
 def test_no_out_dir_is_left_behind(name, ended, folder):
     assert ended[name].returncode == 2
     made = folder / ("new" if MISTAKES[name].command == EVALUATE else name.replace(" ", "_"))
     assert not made.exists()
+
+
+@pytest.mark.parametrize("name", WHILE_TRAINING)
+def test_what_was_trained_before_a_mistake_was_met_is_kept(name, ended, folder):
+    (newest,) = checkpoints(folder / name.replace(" ", "_") / "out")
+    content = read_checkpoint(newest)
+    assert content["iteration"] > 0 or content["epoch"] >= 0
 
 
 def test_work_that_was_done_before_a_mistake_was_met_is_kept(ended, folder):

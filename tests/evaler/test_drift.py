@@ -7,7 +7,7 @@ import torch
 
 from core import builders
 from core.config import load_cfg
-from scripts import benchmark
+from evaler import benchmark
 from tests.small_run import SMALL_MODEL, overrides, retrieval_set
 
 

@@ -354,6 +354,7 @@ def test_another_number_of_shards_goes_on_with_what_is_there(place, described):
 def test_under_torchrun_rank_and_world_size_are_the_shard(place, described, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     place.run(INFER__CHUNK_SIZE=1)
     assert len(described) == 3  # query 1, images 1 and 4
     line = place.fails(capsys, INFER__TOTAL_NUM=2)

@@ -114,7 +114,7 @@ def test_the_attention_is_that_of_the_run_s_network(runs):
     assert base64.b64decode(shown[1][0]) == heat(expected)
     # The other network has no local branch, which is said and spoils nothing.
     assert all(of_run[1] is None for of_run in shown)
-    assert content["notes"] == [f"no attention maps: {root / 'two.pyth'}: a global-only network has no local branch"]
+    assert content["notes"] == ["no attention maps: two.pyth: a global-only network has no local branch"]
     assert len(content["table"]["rows"][1]["values"]) == 2 and content["table"]["rows"][1]["difference"]["queries"] == 4
 
 
@@ -250,7 +250,7 @@ def test_queries_are_spread_over_a_set():
 
 
 def test_the_page_s_script_is_the_one_it_allows(runs):
-    page = report_page.page_bytes({"title": "a & b </script>"}).decode()
+    page = report_page.page_bytes({"title": "a & b </script>", "runs": [], "notes": []}).decode()
     assert "<title>a &amp; b &lt;/script&gt;" in page and page.count("</script>") == 2 and "@@" not in page
 
 
