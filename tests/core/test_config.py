@@ -507,7 +507,7 @@ def merges(levels: int) -> str:
         ("[" * 40_000, "nested more than 20 deep"),
         ("{a: " * 5_000, "nested more than 20 deep"),
         ("- " * 5_000, "nested more than 20 deep"),
-        ("x" * 300_000, "characters, more than"),
+        ("x" * 300_000, "more than the 200,000 characters"),
         ("OUT_DIR: 2020-13-45", "a value of kind 'timestamp' is no setting; write it in quotes"),
         ("OUT_DIR: 2020-12-05", "a value of kind 'timestamp' is no setting; write it in quotes"),
         ("!!map abc", "expected a mapping node"),
