@@ -1,6 +1,6 @@
 """Train DOLG: python train.py --cfg FILE [KEY VALUE ...]"""
 
-from core.environment import entry_point
+from core.base.errors import entry_point
 
 
 @entry_point
@@ -8,9 +8,9 @@ def main(argv: list[str] | None = None) -> None:
     import functools
 
     from core.arguments import load_cfg_from_args  # here: a missing package is told in one line
-    from core.launch import launch
-    from core.meeting import told_once
-    from core.output import output_folder
+    from core.checkpoints.output import output_folder
+    from core.processes.launch import launch
+    from core.processes.meeting import told_once
     from core.trainer import train
     from evaler.during_training import check_sets, score_sets
 
@@ -22,6 +22,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from core.door import run
+    from core.base.door import run
 
     run("train")

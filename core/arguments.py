@@ -5,23 +5,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
+from core.base.arguments import Parser
 from core.config import ConfigError, is_known, is_section, load_cfg, nearest
-from core.terminal import one_line
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose paths know `~`, which no shell expands in `--json=~/x`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.register("type", Path, lambda text: Path(text).expanduser())
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {one_line(message)} (--help shows the usage)\n")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

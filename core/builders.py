@@ -11,13 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from core.checkpoint import newest_checkpoint
-from core.distributed import rank, world_size
-from core.download import local_path
-from core.environment import sha256_file
+from core.base.download import local_path
+from core.base.errors import sha256_file
+from core.checkpoints.checkpoint import newest_checkpoint
+from core.checkpoints.saved_settings import check_saved_settings, network_settings, read_saved
 from core.freeze import Frozen
 from core.optimizer import build_adamw, build_sgd, parameter_groups
-from core.saved_settings import check_saved_settings, network_settings, read_saved
+from core.processes.distributed import rank, world_size
 from core.schedule import learning_rate
 from core.step import TrainStep
 from datasets.device import DeviceBatches
@@ -28,7 +28,7 @@ from model.classifier import Classifier
 from model.dolg import DOLG
 from model.margin import build_head
 from model.resnet import ResNet
-from model.weights import better_state, load_initial, load_strict, normalise_names, read_checkpoint
+from model.weights.loading import better_state, load_initial, load_strict, normalise_names, read_checkpoint
 
 # Its name changed in torch 2.13.
 _ddp_arguments = inspect.signature(DistributedDataParallel).parameters

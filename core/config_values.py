@@ -13,7 +13,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from core.safe_yaml import LARGEST_INT, MOST_TEXT, YamlError, read_yaml
+from core.base.safe_yaml import LARGEST_INT, MOST_TEXT, YamlError, read_yaml
 
 # Keys of pycls and of the published YAML files that nothing reads (most were not read there either).
 IGNORED = {

@@ -9,12 +9,12 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from core import builders
-from core.distributed import gather_objects
-from core.faults import Faults
+from core.checkpoints.position import Position
 from core.logging import log_stats
 from core.meters import Sums, memory_mb
-from core.position import Position
-from core.progress import progress
+from core.processes.distributed import gather_objects
+from core.processes.faults import Faults
+from core.processes.progress import progress
 
 # Scores the sets of TEST.RETRIEVAL: (cfg, network, poll) -> set -> {"easy": mAP, "medium": mAP, "hard": mAP} in
 # percent, None without queries. A collective call; `poll` raises if the run is to stop, and every process must call it

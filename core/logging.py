@@ -14,7 +14,7 @@ from pathlib import Path
 import simplejson
 from tqdm import tqdm
 
-from core.terminal import one_line, work_goes_on
+from core.base.terminal import one_line, work_goes_on
 
 JSON_PREFIX = "json_stats: "
 LOGGER = logging.getLogger("dolg")

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode
 
 from core import builders
-from core.distributed import world_size
 from core.freeze import Frozen
+from core.processes.distributed import world_size
 from core.step import AUTOCAST
 
 FLOAT = 4  # bytes

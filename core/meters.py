@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from core.distributed import all_reduce_sum, world_size
+from core.processes.distributed import all_reduce_sum, world_size
 
 
 class Sums:

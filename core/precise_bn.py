@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 import torch
 from torch import Tensor, nn
 
-from core.distributed import all_reduce_sum
 from core.optimizer import BATCH_NORM
+from core.processes.distributed import all_reduce_sum
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from core.distributed import all_reduce_max, all_reduce_sum
+from core.processes.distributed import all_reduce_max, all_reduce_sum
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # A float16 gradient that overflows with the loss scaled by so little is not saved by scaling it less.

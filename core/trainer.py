@@ -10,7 +10,8 @@ from yacs.config import CfgNode
 
 from core import builders
 from core.average import MovingAverage
-from core.checkpoint import (
+from core.base.locks import folder_lock
+from core.checkpoints.checkpoint import (
     BEST,
     checkpoint_path,
     checkpoints,
@@ -21,23 +22,30 @@ from core.checkpoint import (
     remove_unfinished,
     write_checkpoint,
 )
-from core.distributed import barrier, broadcast_from_main, gather_objects, is_main, rank, training_device, world_size
+from core.checkpoints.output import log_file, tensorboard_folder, write_config
+from core.checkpoints.position import Position
+from core.checkpoints.resume import restore, state_of
 from core.evaluation import Evaluation, Scorer
-from core.faults import Faults
-from core.interrupt import Failed, Interrupted, Stopped
-from core.launch import restarts
-from core.lock import folder_lock
 from core.logging import log, log_failure, log_stats, setup_logging
 from core.memory import memory_warning
 from core.meters import Clock, memory_mb
 from core.optimizer import set_learning_rate
-from core.output import log_file, tensorboard_folder, write_config
-from core.position import Position
 from core.precise_bn import update_precise_bn
-from core.progress import progress
-from core.report import count_gflops, start_report
-from core.resume import restore, state_of
+from core.processes.distributed import (
+    barrier,
+    broadcast_from_main,
+    gather_objects,
+    is_main,
+    rank,
+    training_device,
+    world_size,
+)
+from core.processes.faults import Faults
+from core.processes.interrupt import Failed, Interrupted, Stopped
+from core.processes.launch import restarts
+from core.processes.progress import progress
 from core.step import set_float32_precision
+from core.summary import count_gflops, start_report
 
 
 def train(cfg: CfgNode, score: Scorer | None = None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.random import PCG64, Generator, SeedSequence
 
 from datasets.batch_memory import Slot, WorkerMemory
-from datasets.image import ImageError, ImageFile
+from datasets.images.decode import ImageError, ImageFile
 from datasets.missing import missing_files
 from datasets.normalisation import note_on_path
 

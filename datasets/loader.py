@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.random import PCG64, Generator, SeedSequence
 
-from datasets.image import ImageError
+from datasets.images.decode import ImageError
 from datasets.landmark import Batch, LandmarkDataset
 from datasets.workers import Workers
 

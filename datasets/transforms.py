@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from datasets.image import ImageFile
+from datasets.images.decode import ImageFile
 from datasets.resize_part import resize_part
 
 # ImageNet statistics of pixels in 0..1, blue, green, red.

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from core.base.download import local_path
 from core.builders import build_descriptor, load_tested_weights
+from core.checkpoints.saved_settings import network_settings, read_saved
 from core.config import get_cfg, load_cfg
-from core.download import local_path
-from core.saved_settings import network_settings, read_saved
-from datasets.image import ImageError, decode
-from evaler.fitting import reduce_to_fit
-from evaler.multiscale import check_lengths, describe_batch
+from datasets.images.decode import ImageError, decode
+from evaler.extraction.fitting import reduce_to_fit
+from evaler.extraction.multiscale import check_lengths, describe_batch
 from model.inference import for_inference
-from model.weights import architecture, normalise_names, read_checkpoint
+from model.weights.loading import architecture, normalise_names, read_checkpoint
 
 BASIC_DEPTHS = (18, 34)
 

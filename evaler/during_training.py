@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from core.distributed import gather_objects, rank, world_size
 from core.logging import log
-from core.progress import progress
-from datasets.image import ImageError
-from evaler.extraction_job import batch_size_of, limits_of, workers_of
-from evaler.image_list import ImageList
-from evaler.images import revisited_set
-from evaler.multiscale import check_lengths, describe_batch
-from evaler.pictures import Broken, Picture, Pictures, by_size, decoded
+from core.processes.distributed import gather_objects, rank, world_size
+from core.processes.progress import progress
+from datasets.images.decode import ImageError
+from evaler.extraction.job import batch_size_of, limits_of, workers_of
+from evaler.extraction.multiscale import check_lengths, describe_batch
+from evaler.extraction.pictures import Broken, Picture, Pictures, by_size, decoded
+from evaler.sources.image_list import ImageList
+from evaler.sources.images import revisited_set
 from model.classifier import Classifier
 from revisitop import groundtruth, protocol
 

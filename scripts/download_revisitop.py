@@ -5,6 +5,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from core.door import run
+    from core.base.door import run
 
-    run("evaler.download_sets")
+    run("evaler.sources.download_sets")

@@ -8,12 +8,12 @@ if __name__ == "__main__":
 
 import argparse
 
-from core.environment import entry_point
+from core.base.errors import entry_point
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    from datasets.toy import contact_sheet, generate  # here: a missing package is told in one line
+    from datasets.toy.landmarks import contact_sheet, generate  # here: a missing package is told in one line
 
     parser = argparse.ArgumentParser(description="Make the toy landmarks in DIR/toy; what is there already is kept.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the set is written to DIR/toy")

@@ -18,12 +18,13 @@ from core import builders
 from core.config import load_cfg
 from core.optimizer import set_learning_rate
 from core.schedule import learning_rate
-from datasets import image, transforms
-from evaler.images import crop
-from evaler.multiscale import describe
+from datasets import transforms
+from datasets.images import decode as image
+from evaler.extraction.multiscale import describe
+from evaler.sources.images import crop
 from model.fusion import orthogonal_component
 from model.margin import build_head
-from model.weights import load_strict
+from model.weights.loading import load_strict
 from revisitop import average_precision, protocol
 
 DTYPE = torch.float64 if os.environ.get("DT") == "f64" else torch.float32

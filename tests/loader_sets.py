@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from datasets.transforms import TrainTransform
-from evaler.decoder import Decoder
+from evaler.extraction.decoder import Decoder
 
 LOCK = threading.Lock()
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import train
-from core.checkpoint import checkpoints
-from core.environment import entry_point
+from core.base.errors import entry_point
+from core.base.terminal import work_goes_on
+from core.checkpoints.checkpoint import checkpoints
 from core.logging import read_stats, setup_logging
-from core.terminal import work_goes_on
-from evaler import extract
+from evaler.extraction import command as extract
 from tests.small_run import (
     ROOT,
     SMALL_MODEL,
@@ -106,7 +106,7 @@ if __name__ == "__main__":
 
 def two_processes() -> None:
     from core.arguments import load_cfg_from_args
-    from core.launch import spawn
+    from core.processes.launch import spawn
     from core.trainer import train as train_one
 
     entry_point(lambda: spawn(train_one, load_cfg_from_args("Train."), 2))()
@@ -128,8 +128,8 @@ def test_extraction_goes_on_on_a_full_disk(tmp_path, monkeypatch, capsys):
 
 CLOSED = """
 import sys; sys.path.insert(0, {root!r})
-from core.environment import entry_point
-from core.terminal import work_goes_on
+from core.base.errors import entry_point
+from core.base.terminal import work_goes_on
 
 @entry_point
 def main():

@@ -12,7 +12,7 @@ import torch
 from core import builders
 from core.config import load_cfg
 from core.logging import read_stats
-from evaler import features
+from evaler.features import store as features
 from tests.small_run import ROOT, child_environment, landmarks, messages, overrides, python, retrieval_set
 
 CFG = "configs/resnet50_delg_8gpu.yaml"

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from core import builders
-from core.checkpoint import checkpoints
+from core.checkpoints.checkpoint import checkpoints
 from core.config import load_cfg
-from model.weights import read_checkpoint
+from model.weights.loading import read_checkpoint
 from tests.small_run import (
     ROOT,
     SMALL_MODEL,

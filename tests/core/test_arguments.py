@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from core.arguments import Parser, load_cfg_from_args, parse, split_settings
+from core.arguments import load_cfg_from_args, parse, split_settings
+from core.base.arguments import Parser
 from core.config import PATHS, ConfigError, find, get_cfg, load_cfg
 
 

@@ -579,7 +579,7 @@ def test_a_number_too_large_for_a_float_is_refused(load):
 def test_yaml_is_read_in_one_place_only():
     sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("[cdemrs]*/*.py")}
     assert [path for path, text in sources.items() if re.search(r"^\s*(import|from) yaml\b", text, re.M)] == [
-        "core/safe_yaml.py"
+        "core/base/safe_yaml.py"
     ]
 
 

@@ -21,11 +21,12 @@ from tests.small_run import (
 FORKED = """
 import json, multiprocessing, os, shutil, signal, sys, time
 from pathlib import Path
-from core import evaluation, launch, precise_bn, trainer
-from core.checkpoint import checkpoint_path
+from core import evaluation, precise_bn, trainer
+from core.processes import launch
+from core.checkpoints.checkpoint import checkpoint_path
 from core.config import load_cfg
-from core.distributed import rank
-from core.environment import entry_point
+from core.processes.distributed import rank
+from core.base.errors import entry_point
 from core.step import TrainStep
 from evaler import during_training
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from core import trainer
-from core.checkpoint import checkpoint_path, checkpoints
+from core.checkpoints.checkpoint import checkpoint_path, checkpoints
 from core.config import load_cfg
 from core.evaluation import Evaluation
 from core.logging import read_stats, setup_logging
 from core.step import TrainStep
 from core.trainer import Run, train
-from datasets.image import ImageError
+from datasets.images.decode import ImageError
 from datasets.loader import TrainBatches
 from tests.small_run import (
     ROOT,

@@ -9,7 +9,7 @@ import pytest
 
 from datasets import landmark, missing
 from datasets.batch_memory import BatchMemory, Slot, WorkerMemory
-from datasets.image import ImageError
+from datasets.images.decode import ImageError
 from datasets.landmark import LandmarkDataset, ListError, check_files, read_list
 from datasets.transforms import (
     FastTrainTransform,

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from datasets import loader
-from datasets.image import ImageError
+from datasets.images.decode import ImageError
 from datasets.landmark import LandmarkDataset
 from datasets.loader import TrainBatches, class_balanced_order, epoch_order, make_loader
 from datasets.transforms import FastTrainTransform, TrainTransform

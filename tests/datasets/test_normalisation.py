@@ -5,13 +5,13 @@ import unicodedata
 import numpy as np
 import pytest
 
-from datasets.gldv2_lists import main
-from datasets.image import ImageError, decode
+from datasets.images.decode import ImageError, decode
 from datasets.landmark import ListError, check_files, read_list
+from datasets.lists.command import main
 from datasets.normalisation import note_on_name, note_on_path
-from evaler.features import Features, FeaturesError, align
-from evaler.images import named_images
-from evaler.labelled_protocol import score_labelled
+from evaler.features.store import Features, FeaturesError, align
+from evaler.scoring.labels import score_labelled
+from evaler.sources.images import named_images
 from tests.small_run import photograph, write_image
 
 COMPOSED = unicodedata.normalize("NFC", "café/Vår vy.jpg")

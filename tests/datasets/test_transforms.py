@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 from datasets import transforms
-from datasets.image import ImageFile
+from datasets.images.decode import ImageFile
 from datasets.transforms import TrainDraw, draw_train, preprocess, scaled_size, transform_test, transform_train
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "datasets"

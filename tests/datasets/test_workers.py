@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.environment import entry_point
+from core.base.errors import entry_point
 from datasets import workers
 from datasets.loader import make_loader
 from datasets.workers import WorkerError

@@ -6,10 +6,11 @@ import torch
 
 from core import builders
 from core.config import load_cfg
-from datasets.image import ImageError, decode
-from evaler import extract, features
+from datasets.images.decode import ImageError, decode
 from evaler.describer import load, settings_of
-from model.weights import WeightsError
+from evaler.extraction import command as extract
+from evaler.features import store as features
+from model.weights.loading import WeightsError
 from tests.small_run import ROOT, SMALL_MODEL, overrides, photograph, python, script, write_image
 
 BASIC = {"MODEL.DEPTH": 18, "RESNET.TRANS_FUN": "basic_transform", "RESNET.STRIDE_1X1": False}

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from core.checkpoint import checkpoints
+from core.checkpoints.checkpoint import checkpoints
 from core.config import load_cfg
 from core.logging import read_stats, setup_logging
 from core.trainer import train
-from evaler import during_training, extract, score
+from evaler import during_training
 from evaler.during_training import check_sets, score_sets
-from evaler.pictures import decoded
+from evaler.extraction import command as extract
+from evaler.extraction.pictures import decoded
+from evaler.scoring import revisited as score
 from tests.small_run import (
     SMALL_MODEL,
     SMALL_TRAINING,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from datasets.image import decode
+from datasets.images.decode import decode
 from datasets.transforms import preprocess
-from evaler.images import crop
-from evaler.multiscale import describe_batch
+from evaler.extraction.multiscale import describe_batch
+from evaler.sources.images import crop
 from model import inference
 from model.dolg import DOLG
 from model.folding import FusedConv, can_fuse, fold
@@ -217,7 +217,7 @@ def test_the_same_bytes_in_every_run_and_process(tmp_path):
 DESCRIBE = f"""
 import numpy as np
 import torch
-from evaler.multiscale import describe_batch
+from evaler.extraction.multiscale import describe_batch
 from model.dolg import DOLG
 from model.inference import for_inference
 from model.resnet import ResNet

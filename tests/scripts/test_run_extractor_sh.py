@@ -1,4 +1,4 @@
-"""run_extractor.sh finds an interpreter and hands over to evaler/shard_processes.py, which is tested beside it."""
+"""run_extractor.sh finds an interpreter and hands over to evaler/extraction/shards.py, which is tested beside it."""
 
 import pytest
 

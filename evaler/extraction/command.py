@@ -1,0 +1,136 @@
+"""Descriptors of whole sets of images, in chunks that survive whatever ends the process.
+
+Every image of a list is accounted for: it has a descriptor, or stands among the rejected with the reason. Chunks are
+the same whoever makes them, so any number of shards, stopped at any time and started again, gives the same files.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from core.arguments import load_cfg_from_args
+from core.base.errors import code_version, entry_point, sha256_file
+from core.base.progress import Counter
+from core.base.terminal import work_goes_on
+from core.builders import build_descriptor, load_tested_weights
+from core.checkpoints.output import check_writable
+from core.processes.place import device_index, place
+from evaler.extraction.gpu_jpeg import nvjpeg
+from evaler.extraction.job import Job, batch_size_of
+from evaler.extraction.join import discard
+from evaler.features.exports import export
+from evaler.sources.images import DISTRACTORS, ImageList, distractors, named_images, revisited_set
+from model.inference import for_inference
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    """Extract what the configuration names; everything is checked before anything is written."""
+    work_goes_on()
+    cfg = load_cfg_from_args("Extract descriptors of Revisited sets, distractors, or images of one's own.", argv)
+    cut, total = which_shard(cfg)
+    network, provenance = load_network(cfg)
+    jobs = [
+        Job.make(cfg, network, provenance, Path(cfg.OUT_DIR) / "features" / name, collection, images)
+        for name, collections in image_lists(cfg).items()
+        for collection, images in collections.items()
+    ]
+    waiting = [job for job in jobs if not job.is_there()]
+    for job in jobs:
+        if job not in waiting:
+            print(f"{job.title}: {len(job.images)} images are described already, in {job.parent}")
+            discard(job.folder)  # what a join left behind that was killed at its end
+    for job in waiting:
+        check_writable(job.parent)
+    left = sum(job.images_left(cut, total) for job in waiting)
+    with Counter("extracting", unit="image", total=left) as counter:
+        for job in waiting:
+            job.extract(cut, total, counter)
+    for job in waiting:
+        print(job.finish())
+    for job in jobs:
+        if cfg.INFER.EXPORT and job.is_there():
+            export(job.parent, job.plan.collection, cfg.INFER.EXPORT)
+
+
+def which_shard(cfg: CfgNode) -> tuple[int, int]:
+    """This process's shard and their number: under torchrun its rank and world size, else INFER.CUT_NUM, TOTAL_NUM."""
+    here = place()
+    if here is None or here.world == 1:
+        return cfg.INFER.CUT_NUM, cfg.INFER.TOTAL_NUM
+    if cfg.INFER.TOTAL_NUM > 1:
+        raise ValueError(f"INFER.TOTAL_NUM {cfg.INFER.TOTAL_NUM}: under torchrun its processes are the shards; leave 1")
+    return here.rank + 1, here.world
+
+
+def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
+    """The descriptor network on this process's device, ready to describe, and the provenance of what it will give."""
+    gpu = cfg.NUM_GPUS > 0 and torch.cuda.is_available()
+    if cfg.NUM_GPUS and not gpu:
+        print(f"note: NUM_GPUS is {cfg.NUM_GPUS}, but no GPU can be used here: the CPU is", file=sys.stderr)
+    if cfg.INFER.GPU_JPEG:
+        if not gpu:
+            raise ValueError("INFER.GPU_JPEG: there is no GPU to decode on here; leave it False")
+        nvjpeg()  # or torchvision lacks it
+    if cfg.INFER.PRECISION == "fp16" and not gpu:
+        print("note: INFER.PRECISION fp16 takes many times longer on a CPU; bf16 is made for it", file=sys.stderr)
+    if gpu:
+        here = place()
+        torch.cuda.set_device(device_index(here.local_rank if here else 0, torch.cuda.device_count()))
+    else:
+        torch.set_num_threads(cfg.INFER.THREADS)
+    torch.backends.cudnn.allow_tf32 = False  # or cuDNN rounds the inputs of float32 convolutions to 10 bits
+    network = build_descriptor(cfg)
+    path, notes = load_tested_weights(cfg, network)
+    print(f"weights: {path}, on the {torch.cuda.get_device_name() if gpu else 'CPU'}")
+    for note in notes:
+        print(note)
+    network = network.to("cuda" if gpu else "cpu", memory_format=torch.channels_last).eval()
+    batch_size = batch_size_of(cfg, gpu=gpu)
+    provenance = {
+        "weights": str(path),
+        "weights_sha256": sha256_file(path),
+        "depth": cfg.MODEL.DEPTH,
+        "with_ma": cfg.MODEL.WITH_MA,
+        "fusion": cfg.MODEL.FUSION,
+        "stride_1x1": cfg.RESNET.STRIDE_1X1,
+        "bn_eps": cfg.BN.EPS,
+        "scales": list(cfg.INFER.SCALES),
+        "crop_query": cfg.INFER.CROP_QUERY,
+        "precision": cfg.INFER.PRECISION,
+        "compiled": cfg.INFER.COMPILE,
+        "resize": "bilinear",
+        "max_level_pixels": cfg.INFER.MAX_LEVEL_PIXELS,
+        "batch_size": batch_size,
+        "device": "GPU" if gpu else "CPU",
+        "code_version": code_version(),
+        "torch": torch.__version__,
+    }
+    if batch_size > 1:
+        provenance["chunk_size"] = cfg.INFER.CHUNK_SIZE  # which images share a batch
+    if not gpu:
+        provenance["threads"] = cfg.INFER.THREADS
+    if cfg.INFER.GPU_JPEG:
+        provenance["decoder"] = "nvJPEG"  # its pixels are others
+    return for_inference(network, precision=cfg.INFER.PRECISION, compiled=cfg.INFER.COMPILE), provenance
+
+
+def image_lists(cfg: CfgNode) -> dict[str, dict[str, ImageList]]:
+    """Set -> collection -> images: INFER.IMAGES if it is given, else INFER.DATASETS."""
+    if cfg.INFER.IMAGES:
+        place = Path(cfg.INFER.IMAGES)
+        images, notes = named_images(place, cache_dir=Path(cfg.OUT_DIR) / "features")
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        return {place.resolve().stem if place.is_file() else place.resolve().name or "root": {"images": images}}
+    if not cfg.INFER.DATASETS:
+        raise ValueError("nothing to extract: name sets in INFER.DATASETS, or images in INFER.IMAGES")
+    return {
+        name: {"distractors": distractors(cfg.INFER.DATA_DIR, name)}
+        if name == DISTRACTORS
+        else revisited_set(cfg.INFER.DATA_DIR, name, crop_query=cfg.INFER.CROP_QUERY)
+        for name in cfg.INFER.DATASETS
+    }

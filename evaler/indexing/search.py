@@ -1,0 +1,134 @@
+"""Search of an extracted set by photographs: the command, and what it does as functions."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from yacs.config import CfgNode
+
+from core.arguments import parse
+from core.base.arguments import Parser
+from core.base.errors import USER_ERROR_EXIT_CODE, entry_point, sha256_file, write_json
+from core.base.terminal import one_line
+from core.config import load_cfg
+from datasets.images.decode import ImageError
+from evaler.extraction.command import load_network
+from evaler.extraction.gpu_jpeg import nvjpeg
+from evaler.extraction.job import limits_of
+from evaler.extraction.multiscale import check_lengths, describe_batch
+from evaler.extraction.pictures import Pictures
+from evaler.features.places import find_collection
+from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, differing_keys
+from evaler.features.store import Features, FeaturesError, load
+from evaler.features.top_k import top_k
+from evaler.indexing import faiss_index, milvus_index
+from evaler.sources.image_list import ImageList, LooseFiles
+from evaler.sources.image_names import search
+
+# What may differ between a query and what is searched: neither changes what a descriptor means.
+MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query", "precision", "decoder", "max_level_pixels")
+
+
+def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> tuple[np.ndarray, dict[Path, str]]:
+    """Descriptors float32 [Q, D] of photographs, made as those of `features` were; and those that cannot be used, which
+    have no row, with the reason.
+
+    Raises `FeaturesError` if the weights or settings are others than those the features were made with.
+    """
+    network, provenance = load_network(cfg)
+    differing = differing_keys(provenance, features.provenance, but=MAY_DIFFER)
+    if differing:
+        told = ", ".join(f"{key} {features.provenance.get(key)} there, {provenance.get(key)} here" for key in differing)
+        raise FeaturesError(f"the set was described in another way than the query would be: {told}")
+    names, limits = [str(path) for path in paths], limits_of(cfg)
+    images = ImageList(names, LooseFiles("", names))
+    pictures = Pictures(images, limits, on_gpu=nvjpeg() if cfg.INFER.GPU_JPEG else None)
+    sizes = {"scales": limits.scales, "max_pixels": limits.max_level_pixels}
+    found, broken = [np.empty((0, features.vectors.shape[1]), np.float32)], {}
+    for index, path in enumerate(paths):
+        try:
+            pixels = pictures.picture(index).pixels[None]
+        except ImageError as error:
+            broken[path] = str(error)
+            continue
+        found.append(describe_batch(network, pixels, **sizes))
+    vectors = np.concatenate(found)
+    check_lengths(vectors, [str(path) for path in paths if path not in broken])
+    return vectors, broken
+
+
+def photographs(places: Sequence[Path]) -> list[Path]:
+    """The files named, and of a folder the images in it and below. Raises `ValueError` for a folder without any."""
+    found = []
+    for place in places:
+        if not place.is_dir():
+            found.append(place)
+            continue
+        images = search(place).images
+        if not images:
+            raise ValueError(f"{place}: no photographs in this folder to search by")
+        found += [place / name for name in images]
+    return found
+
+
+def with_weights_of(path: str, settings: list[str], features: Features) -> CfgNode:
+    """The configuration, with the weights that the features were made with where it names none."""
+    cfg = load_cfg(path, settings)
+    told = features.provenance.get("weights")
+    if cfg.TEST.WEIGHTS or not isinstance(told, str) or not os.path.isfile(told):  # isfile: for any text
+        return cfg
+    if sha256_file(told) != features.provenance.get("weights_sha256"):
+        print(f"note: {told} is no longer what the set was described with", file=sys.stderr)
+        return cfg
+    return load_cfg(path, [*settings, "TEST.WEIGHTS", told])
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description="Find the images of an extracted set that are most like photographs.")
+    parser.add_argument("--cfg", required=True, type=Path, metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--top", type=int, default=10, metavar="K", help="images to find for each (default 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write what is found here")
+    parser.add_argument("index", type=Path, metavar="INDEX", help="OUT_DIR/features/<set>, or <set>/<collection>")
+    parser.add_argument(
+        "queries", type=Path, nargs="+", metavar="QUERY", help="photographs, or folders of them; then KEY VALUE ..."
+    )
+    args, settings = parse(parser, argv)
+    if args.top < 1:
+        parser.error(f"--top {args.top}: must be at least 1")
+    folder, collection = find_collection(args.index)
+    features = load(folder, collection)
+    cfg = with_weights_of(args.cfg, settings, features)
+    index = faiss_index.read(cfg, folder, collection) if cfg.SEARCH.INDEX else None
+    asked = photographs(args.queries)
+    queries, broken = describe_files(cfg, features, asked)
+    for reason in broken.values():
+        print(f"error: {one_line(reason)}", file=sys.stderr)
+    asked = [path for path in asked if path not in broken]
+    if not len(queries):
+        scores, found = np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)
+    elif cfg.SEARCH.URI:
+        scores, found = milvus_index.search(cfg.SEARCH.URI, folder, collection, queries, args.top)
+    elif index is None:
+        scores, found = top_k(queries, features.vectors, args.top)
+    else:
+        scores, found = faiss_index.search(index, queries, args.top)
+    results = []
+    for path, of_one, at in zip(asked, scores, found, strict=True):
+        hits = [
+            {"name": features.names[i], "score": round(float(score), 6)}
+            for score, i in zip(of_one, at.tolist(), strict=True)
+            if i >= 0  # faiss: it looked into too few cells to find so many
+        ]
+        results.append({"query": str(path), "found": hits})
+    if args.json:  # before anything is printed, which may fail
+        write_json(args.json, results)
+    for result in results:
+        print(f"\n{result['query']}")
+        for number, entry in enumerate(result["found"], start=1):
+            print(f"  {number:>4}  {entry['score']:.4f}  {entry['name']}")
+    if broken:
+        sys.stdout.flush()
+        sys.exit(USER_ERROR_EXIT_CODE)

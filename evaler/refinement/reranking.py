@@ -1,0 +1,42 @@
+"""Re-ranking with nothing but global descriptors.
+
+Shao et al., Global Features are All You Need for Image Retrieval and Reranking, ICCV 2023 (SuperGlobal), section 3.3,
+https://arxiv.org/abs/2308.06954, as its published code computes it.
+"""
+
+import numpy as np
+
+from core.base.progress import bar
+from evaler.features.top_k import top_k
+from revisitop.scores import Rows
+
+
+def rerank(queries: np.ndarray, database: Rows, *, candidates: int, neighbours: int, beta: float) -> np.ndarray:
+    """Queries [Q, D] and images [N, D] -> the first M = min(candidates, N) images of each query in new order, int64.
+
+    Every candidate is refined by its nearest ones among the candidates, which count with `beta` times their similarity.
+    The new score is the mean of two: of the query with the refined image, and with it again of the largest values
+    of the refined images that are now first. What lies behind the candidates stays where it is.
+    """
+    _, found = top_k(queries, database, candidates)
+    reordered = np.empty_like(found)
+    rows = zip(np.asarray(queries, dtype=np.float64), found, strict=True)
+    for number, (query, images) in enumerate(bar(rows, "re-ranking", unit="query", total=len(found), delay=1)):
+        refined = _refined(np.asarray(database[images], dtype=np.float64), neighbours, beta)
+        scores = refined @ query
+        first = np.argsort(-scores, kind="stable")[: neighbours + 1]
+        expanded = refined[first].max(axis=0)
+        reordered[number] = images[np.argsort(-(scores + refined @ expanded) / 2, kind="stable")]
+    return reordered
+
+
+def _refined(images: np.ndarray, neighbours: int, beta: float) -> np.ndarray:
+    """Images [M, D] -> [M, D]: the weighted mean of each (weight 1) and its nearest; its length is not 1."""
+    similarity = images @ images.T
+    nearest = similarity.copy()
+    np.fill_diagonal(nearest, np.inf)  # itself is the first, also among copies of it
+    nearest = np.argsort(-nearest, axis=1, kind="stable")[:, : neighbours + 1]
+    weights = np.zeros_like(similarity)
+    np.put_along_axis(weights, nearest, beta * np.take_along_axis(similarity, nearest, axis=1), axis=1)
+    np.fill_diagonal(weights, 1.0)
+    return weights @ images / weights.sum(axis=1, keepdims=True)

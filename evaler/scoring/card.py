@@ -1,0 +1,120 @@
+"""The result card: what a score was measured on and with, so that nobody compares two that cannot be compared."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from core.base.errors import code_version
+from evaler.sources.images import DISTRACTORS
+
+COMPLETE = 1_001_001  # images of R1M
+# sha256 of the ground truth at http://cmp.felk.cvut.cz/revisitop/data/datasets/
+OFFICIAL = {
+    "roxford5k": "ba7967754bd2d7d2210a5799f9c45ad5835e269a80ef9d3eba44caa35816c471",
+    "rparis6k": "d2e729a5293dda7dda8a15c8383424a42e4964a2c4cfea2f32fa85d11d2df499",
+}
+# mAP of DOLG, Medium and Hard, as its authors published them (Yang et al., ICCV 2021, and their release):
+# depth, queries cropped or not -> set, with R1M or not -> scores.
+PUBLISHED = {
+    (50, True): {
+        ("roxford5k", False): (81.20, 62.55),
+        ("roxford5k", True): (71.36, 47.34),
+        ("rparis6k", False): (90.07, 79.20),
+        ("rparis6k", True): (78.99, 59.75),
+    },
+    (101, True): {
+        ("roxford5k", False): (82.37, 64.93),
+        ("roxford5k", True): (73.63, 51.57),
+        ("rparis6k", False): (90.97, 81.71),
+        ("rparis6k", True): (80.44, 62.95),
+    },
+    (50, False): {
+        ("roxford5k", False): (82.38, 62.92),
+        ("roxford5k", True): (77.78, 55.48),
+        ("rparis6k", False): (90.94, 80.48),
+        ("rparis6k", True): (82.16, 65.77),
+    },
+    (101, False): {
+        ("roxford5k", False): (83.22, 64.83),
+        ("roxford5k", True): (78.96, 57.86),
+        ("rparis6k", False): (91.64, 82.56),
+        ("rparis6k", True): (82.89, 67.34),
+    },
+}
+PUBLISHED_SCALES = [0.3535, 0.5, 0.7071, 1.0, 1.4142]
+
+
+def make_card(
+    name: str,
+    database: Mapping,
+    *,
+    queries: int,
+    distractors: int,
+    ground_truth_sha256: str,
+    post_processing: Sequence[str],
+) -> dict:
+    """The card of one score, JSON-able, from the manifest of the set's database; what that does not tell is None."""
+    told = database["provenance"]
+    keys = ("scales", "precision", "resize", "depth", "fusion", "with_ma", "weights", "weights_sha256")
+    return {
+        "set": name,
+        "queries": queries,
+        "gallery": database["count"],
+        "distractors": distractors,
+        "queries_cropped": told.get("crop_query"),
+        **{key: told.get(key) for key in keys},
+        "dim": database["dim"],
+        "dtype": database["dtype"],
+        "post_processing": list(post_processing),
+        "ground_truth_sha256": ground_truth_sha256,
+        "ground_truth_official": OFFICIAL[name] == ground_truth_sha256 if name in OFFICIAL else None,
+        "extracted_by": told.get("code_version"),
+        "scored_by": code_version(),
+    }
+
+
+def with_distractors(count: int) -> str:
+    """What stands behind a set's name: `+1M` for all images of R1M and for nothing else."""
+    if not count:
+        return ""
+    return "+1M" if count == COMPLETE else f" + {count:,} distractors (not {DISTRACTORS}: that is {COMPLETE:,})"
+
+
+def line(card: Mapping) -> str:
+    """The card in one line, to be quoted with a score."""
+    cropped = {True: "queries cropped", False: "queries not cropped"}.get(card["queries_cropped"], "crop unknown")
+    scales = f"{len(card['scales'])} scales" if card["scales"] else "scales unknown"
+    weights = f"weights {(card['weights_sha256'] or 'unknown')[:8]}"
+    after = " + ".join(card["post_processing"]) or "no post-processing"
+    official = {False: ", NOT the official labels"}.get(card["ground_truth_official"], "")
+    network = (
+        f"R{card['depth']} {card['fusion']}{' MA' if card['with_ma'] else ''}" if card["depth"] else "network unknown"
+    )
+    parts = [
+        f"{card['set']}{with_distractors(card['distractors'])}",
+        network,
+        weights,
+        cropped,
+        scales,
+        f"{card['precision'] or 'precision unknown'} {card['resize'] or ''}".strip(),
+        f"{card['dim']}-d {card['dtype']}",
+        after,
+        f"labels {card['ground_truth_sha256'][:8]}{official}",
+        f"code {card['extracted_by'] or 'unknown'}, {card['scored_by']}",
+    ]
+    return " | ".join(parts)
+
+
+def published(card: Mapping) -> tuple[float, float] | None:
+    """mAP Medium and Hard that DOLG's authors report for this set, depth, crop and number of distractors, if any."""
+    if card["distractors"] not in (0, COMPLETE) or card["fusion"] != "orthogonal" or card["post_processing"]:
+        return None
+    if card["scales"] != PUBLISHED_SCALES:
+        return None
+    scores = PUBLISHED.get((card["depth"], card["queries_cropped"]), {})
+    return scores.get((card["set"], card["distractors"] > 0))
+
+
+def network_name(weights: str | None, sha256: str | None) -> str:
+    """File name and the beginning of the sha256."""
+    name = Path(weights or "unknown").name
+    return f"{name} (sha256 {sha256[:8]})" if sha256 else name

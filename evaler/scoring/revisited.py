@@ -1,0 +1,245 @@
+"""From descriptors and ground truth to the table of a paper, on the terminal and as JSON."""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from yacs.config import CfgNode
+
+from core.arguments import load_cfg_from_args
+from core.base.errors import entry_point, sha256_file, write_json
+from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, without
+from evaler.features.rows import Stacked
+from evaler.features.store import Features, align, check_length, load, read_manifest, some
+from evaler.refinement.post_processing import PostProcessing
+from evaler.scoring.card import line, make_card, network_name, published, with_distractors
+from evaler.sources.images import DISTRACTORS
+from revisitop import groundtruth, protocol
+from revisitop.groundtruth import GroundTruth
+from revisitop.scores import Rows
+
+KAPPAS = (1, 5, 10)
+SETTING_NAMES = {"E": "Easy", "M": "Medium", "H": "Hard"}
+# What may differ between a set and the distractors behind it: their list, queries, and where they were described.
+DISTRACTORS_MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
+NO_POST_PROCESSING = PostProcessing()
+SHOWN_BRACKET = 0.005  # points of mAP
+
+
+class LoadedSet(NamedTuple):
+    """A set ready to be ranked.
+
+    queries: [Q, D]; gallery: the database in the order of the ground truth, then distractors, [N, D]; first: int64
+    [Q, M], see `PostProcessing.first`; provenance: what queries and database have in common.
+    """
+
+    queries: np.ndarray
+    gallery: Rows
+    first: np.ndarray | None
+    provenance: dict
+
+
+def load_set(
+    folder: str | os.PathLike,
+    ground_truth: GroundTruth,
+    *,
+    distractors: Features | None = None,
+    post: PostProcessing = NO_POST_PROCESSING,
+) -> LoadedSet:
+    """The collections `queries` and `database` in `folder`, the latter with `distractors` behind it, post-processed.
+
+    Raises `FeaturesError` if a collection is incomplete, was extracted in another way than the other, has not exactly
+    the images of the ground truth, or holds vectors that are not finite and of length 1.
+    """
+    folder = Path(folder)
+    queries, database = load(folder, "queries"), load(folder, "database")
+    check_alike(f"{folder}: queries", queries, "database", database, but=LIST_KEYS)
+    aligned = []
+    for collection, features, names in (
+        ("queries", queries, ground_truth.qimlist),
+        ("database", database, ground_truth.imlist),
+    ):
+        source = f"{folder}: {collection}"
+        check_length(features, source)
+        aligned.append(np.asarray(align(features, names, source=source), np.float32))
+    if distractors is not None:
+        check_alike(f"{folder}: database", database, DISTRACTORS, distractors, but=DISTRACTORS_MAY_DIFFER)
+    gallery = Stacked([aligned[1], *([] if distractors is None else [distractors.vectors])])
+    post.check(database)
+    moved, gallery = post(aligned[0], gallery)
+    return LoadedSet(moved, gallery, post.first(moved, gallery), without(database.provenance, LIST_KEYS))
+
+
+def score_features(loaded: LoadedSet, ground_truth: GroundTruth, *, kappas: Sequence[int] = KAPPAS) -> dict[str, dict]:
+    """For "E", "M" and "H": `mAP`, `mAP_bracket` (a list: the least and the largest that another order of equal
+    scores gives), `mP@k` (a list) and `aps` (a list, a query each) in percent, None where no query, or this one, has
+    positives; and `provenance`.
+    """
+    fractions = protocol.evaluate(loaded.queries, loaded.gallery, ground_truth, kappas, first=loaded.first)
+    result: dict[str, dict] = {
+        setting: {
+            "mAP": _percent(values["mAP"]),
+            "mAP_bracket": [_percent(value) for value in values["mAP_bracket"]],
+            "mP@k": [_percent(value) for value in values["mP@k"]],
+            "aps": [_percent(value) for value in values["aps"]],
+        }
+        for setting, values in fractions.items()
+    }
+    result["provenance"] = loaded.provenance
+    return result
+
+
+def table(score: dict) -> str:
+    """The score of a set, as `score_set` returns it, as text for a terminal."""
+    provenance = score["provenance"]
+    counts = f"{score['queries']} queries{_cropped(provenance)}, {score['database']} database images"
+    card = score.get("card")
+    name = f"{score['dataset']}{with_distractors(card['distractors']) if card else ''}"
+    origin = f"weights {network_name(provenance.get('weights'), provenance.get('weights_sha256'))}"
+    if "scales" in provenance:
+        origin += f", scales {' '.join(f'{scale:g}' for scale in provenance['scales'])}"
+    heads = ["mAP", *(f"mP@{kappa}" for kappa in score["kappas"])]
+    lines = [f"{name}: {counts}", origin, "", " " * 10 + "".join(f"{head:>9}" for head in heads)]
+    for setting, name in SETTING_NAMES.items():
+        values = [score[setting]["mAP"], *score[setting]["mP@k"]]
+        cells = "".join(f"{'-' if value is None else f'{value:.2f}':>9}" for value in values)
+        counted = sum(ap is not None for ap in score[setting]["aps"])
+        note = "" if counted == score["queries"] else f"   ({counted} of {score['queries']} queries have positives)"
+        lines.append(f"  {name:<8}{cells}{note}")
+        low, high = score[setting].get("mAP_bracket") or (None, None)
+        if low is not None and high - low > SHOWN_BRACKET:
+            lines.append(
+                f"          equal scores: {low:.2f} to {high:.2f}, by their order (here the smaller index first)"
+            )
+    if card:
+        found = published(card)
+        if found:
+            how = "cropped" if card["queries_cropped"] else "not cropped"
+            lines.append(
+                f"  DOLG R{card['depth']} as published (queries {how}): Medium {found[0]:.2f}, Hard {found[1]:.2f}"
+            )
+        lines += ["", f"  {line(card)}"]
+    return "\n".join(lines)
+
+
+def score_set(
+    name: str,
+    data_dir: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    *,
+    distractors: Features | None = None,
+    post: PostProcessing = NO_POST_PROCESSING,
+) -> tuple[dict, Path]:
+    """Score one extracted set and write `<out_dir>/scores/<name>.json`; returns what is written, and where.
+
+    With distractors the file is `<name>_with_distractors.json`, and `_processed` is put behind it with post-processing.
+    """
+    gnd_path = truth_path(data_dir, name)
+    ground_truth = groundtruth.load(gnd_path)
+    folder = Path(out_dir) / "features" / name
+    loaded = load_set(folder, ground_truth, distractors=distractors, post=post)
+    score = score_loaded(loaded, gnd_path, ground_truth, folder, distractors=distractors, post=post)
+    suffix = f"{'_with_distractors' if distractors else ''}{'_processed' if post else ''}"
+    path = Path(out_dir) / "scores" / f"{name}{suffix}.json"
+    write_json(path, score)
+    return score, path
+
+
+def score_loaded(
+    loaded: LoadedSet,
+    gnd_path: Path,
+    ground_truth: GroundTruth,
+    folder: Path,
+    *,
+    distractors: Features | None = None,
+    post: PostProcessing = NO_POST_PROCESSING,
+) -> dict:
+    """The score of what `load_set` has loaded from OUT_DIR/features/<set>, with its card: what `score_set` writes."""
+    name = folder.name
+    scores = score_features(loaded, ground_truth)
+    manifests = [read_manifest(folder, "database"), read_manifest(folder, "queries")]
+    if distractors is not None:
+        manifests.append(read_manifest(folder.parent / DISTRACTORS, "distractors"))
+    card = make_card(
+        name,
+        manifests[0],
+        queries=len(ground_truth.qimlist),
+        distractors=len(distractors.names) if distractors else 0,
+        ground_truth_sha256=sha256_file(gnd_path),
+        post_processing=post.steps([manifest["sha256"]["npy"] for manifest in manifests]),
+    )
+    return {
+        "unit": "percent",
+        "dataset": name,
+        "kappas": list(KAPPAS),
+        "queries": len(ground_truth.qimlist),
+        "database": len(ground_truth.imlist),
+        **scores,
+        "query_names": list(ground_truth.qimlist),
+        "ground_truth_sha256": card["ground_truth_sha256"],
+        "card": card,
+    }
+
+
+def truth_path(data_dir: str | os.PathLike, name: str) -> Path:
+    """Where the ground truth of a set lies."""
+    return Path(data_dir) / name / f"gnd_{name}.pkl"
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    cfg = load_cfg_from_args("Score the descriptors of Revisited sets (easy / medium / hard).", argv)
+    if cfg.INFER.IMAGES:
+        raise ValueError(f"INFER.IMAGES {cfg.INFER.IMAGES}: a folder has no ground truth, so there is nothing to score")
+    if not cfg.INFER.DATASETS:
+        raise ValueError("INFER.DATASETS is empty: there is nothing to score")
+    sets = [name for name in cfg.INFER.DATASETS if name != DISTRACTORS]
+    if not sets:
+        raise ValueError(f"INFER.DATASETS names {DISTRACTORS} alone, which has no queries; name a set to score with it")
+    post = PostProcessing.of(cfg)
+    distractors = load_distractors(cfg.OUT_DIR) if DISTRACTORS in cfg.INFER.DATASETS else None
+    for name in sets:
+        for behind in (None, distractors) if distractors else (None,):
+            score, path = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR, distractors=behind, post=post)
+            if behind is None:
+                _tell_of_other_settings(cfg, score)
+                _tell_of_own_queries(name, truth_path(cfg.INFER.DATA_DIR, name))
+            print(f"\n{table(score)}\n\n  written to {path}")
+
+
+def load_distractors(out_dir: str | os.PathLike) -> Features:
+    """The descriptors of the distractors, checked. Raises `FeaturesError`."""
+    folder = Path(out_dir) / "features" / DISTRACTORS
+    distractors = load(folder, "distractors")
+    check_length(distractors, f"{folder}: distractors")
+    if distractors.rejected:
+        count = len(distractors.rejected)
+        print(f"note: {count} distractors were rejected when they were extracted and are not scored", file=sys.stderr)
+    return distractors
+
+
+def _tell_of_other_settings(cfg: CfgNode, score: dict) -> None:
+    for key, value in {"scales": cfg.INFER.SCALES, "crop_query": cfg.INFER.CROP_QUERY}.items():
+        extracted = score["provenance"].get(key, value)
+        if extracted != value:
+            told = f"was extracted with INFER.{key.upper()} {extracted}, not {value} as configured"
+            print(f"note: {score['dataset']} {told}", file=sys.stderr)
+
+
+def _tell_of_own_queries(name: str, gnd_path: Path) -> None:
+    found = groundtruth.unlabelled_queries(groundtruth.load(gnd_path))
+    if found:
+        told = f"are database images too without a label for themselves, so each counts as wrong: {some(found)}"
+        print(f"note: {len(found)} queries of {name} {told}", file=sys.stderr)
+
+
+def _percent(fraction: float) -> float | None:
+    return None if math.isnan(fraction) else 100 * float(fraction)
+
+
+def _cropped(provenance: dict) -> str:
+    return {True: " (cropped)", False: " (not cropped)"}.get(provenance.get("crop_query"), "")
