@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from core.base.download import local_path
-from core.base.errors import sha256_file
+from core.base.files import sha256_file
 from core.checkpoints.checkpoint import newest_checkpoint
 from core.checkpoints.saved_settings import check_saved_settings, network_settings, read_saved
 from core.freeze import Frozen

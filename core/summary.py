@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from yacs.config import CfgNode
 
-from core.base.errors import code_version
+from core.base.version import code_version
 from core.processes.distributed import world_size
 
 # Batch and rate of the recipes that are known to train: the published YAML, and the paper's section 4.1.

@@ -26,7 +26,8 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from core.base.arguments import Parser
-from core.base.errors import atomic_write, entry_point, sha256_file
+from core.base.errors import entry_point
+from core.base.files import atomic_write, sha256_file
 
 TIMEOUT = 60  # seconds in which a server that sends fewer than SLOWEST bytes counts as lost
 SLOWEST = 1 << 16

@@ -1,19 +1,12 @@
 """What every command shares: one-line errors, files that are whole or absent, and the version of the code."""
 
-import contextlib
 import dis
 import functools
-import hashlib
-import json
-import os
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 from core.base.door import missing_package
 from core.base.terminal import BROKEN_PIPE_EXIT_CODE, STDOUT, one_line, safe_streams, unwritten
@@ -120,82 +113,3 @@ def exit_on_signals(*numbers: int) -> None:
 
     for number in numbers:
         signal.signal(number, leave)
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open `path` for writing so that it appears under its name complete, on the disk, or not at all.
-
-    An `OSError` of a write (the disk is full) names `path`.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
-
-
-def write_json(path: str | os.PathLike, record: object, *, sort_keys: bool = False) -> None:
-    """Write a file of JSON, by `atomic_write`. Raises ValueError for numbers that are not finite."""
-    content = json.dumps(record, indent=1, sort_keys=sort_keys, allow_nan=False)
-    with atomic_write(path) as file:
-        file.write(content.encode() + b"\n")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def sha256_file(path: str | os.PathLike) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@functools.cache
-def code_version() -> str:
-    """The first 12 digits of the commit this code stands at, and `-dirty` if tracked files differ from it.
-
-    `unknown` where the root is no git checkout of its own, or git cannot be run. The same commit gives the same answer
-    in every clone, with or without tags, and whatever GIT_DIR and the like say in the environment (inside a hook, say).
-    """
-    # Given explicitly, or git would take a repository that this folder only happens to lie in.
-    place = [f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]
-    # A checkout of another user (in a container) is no danger: its code is running already.
-    settings = ["-c", f"safe.directory={ROOT}", "-c", "core.fsmonitor=false"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    try:
-        described = subprocess.run(
-            ["git", *place, *settings, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=ROOT,
-            env=environment | {"GIT_OPTIONAL_LOCKS": "0"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    commit, dash, dirty = described.partition("-")
-    return commit[:12] + dash + dirty

@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from core.base.files import atomic_write
+
 MOST_BYTES = 2**30
 MOST_DEPTH = 16
 
@@ -53,3 +55,10 @@ def _check(value: object) -> None:
                 inner += item.keys()
                 inner += item.values()
         level = inner
+
+
+def write_json(path: str | os.PathLike, record: object, *, sort_keys: bool = False) -> None:
+    """Write a file of JSON, by `atomic_write`. Raises ValueError for numbers that are not finite."""
+    content = json.dumps(record, indent=1, sort_keys=sort_keys, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(content.encode() + b"\n")

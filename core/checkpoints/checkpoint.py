@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from core.base.errors import atomic_write
+from core.base.files import atomic_write
 from model.weights.loading import WeightsError, read_checkpoint
 
 FOLDER = "checkpoints"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from core.base.errors import atomic_write, is_user_error
+from core.base.errors import is_user_error
+from core.base.files import atomic_write
 from core.checkpoints.checkpoint import FOLDER, checkpoints
 from core.processes.distributed import is_main
 

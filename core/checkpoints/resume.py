@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
-from core.base.errors import code_version
+from core.base.version import code_version
 from core.checkpoints.optimizer_state import StateError, load_state, whole_state
 from core.checkpoints.position import Position
 from core.checkpoints.run_content import check_content

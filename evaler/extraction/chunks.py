@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from core.base.errors import atomic_write, write_json
-from core.base.json_files import parse, read_bytes
+from core.base.files import atomic_write
+from core.base.json_files import parse, read_bytes, write_json
 from evaler.features.identity import RECORD_BYTES
 from evaler.features.provenance import PLACES, without
 from evaler.features.store import (

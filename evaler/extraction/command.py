@@ -12,9 +12,11 @@ from torch import nn
 from yacs.config import CfgNode
 
 from core.arguments import load_cfg_from_args
-from core.base.errors import code_version, entry_point, sha256_file
+from core.base.errors import entry_point
+from core.base.files import sha256_file
 from core.base.progress import Counter
 from core.base.terminal import work_goes_on
+from core.base.version import code_version
 from core.builders import build_descriptor, load_tested_weights
 from core.checkpoints.output import check_writable
 from core.processes.place import device_index, place

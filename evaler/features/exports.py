@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from core.base.errors import atomic_write
+from core.base.files import atomic_write
 from core.processes.progress import progress
 from evaler.features.store import Features, FeaturesError, feature_path, load
 

@@ -29,8 +29,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from core.base.errors import atomic_write, sha256_file, write_json
-from core.base.json_files import parse, read_bytes
+from core.base.files import atomic_write, sha256_file
+from core.base.json_files import parse, read_bytes, write_json
 from datasets.normalisation import note_on_name
 from evaler.features.identity import RECORD_BYTES
 

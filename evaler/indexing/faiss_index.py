@@ -15,7 +15,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from yacs.config import CfgNode
 
-from core.base.errors import atomic_write, sha256_file, write_json
+from core.base.files import atomic_write, sha256_file
+from core.base.json_files import write_json
 from core.base.progress import bar
 from evaler.features.store import FeaturesError, chunks, load, read_manifest
 from evaler.features.top_k import top_k

@@ -10,7 +10,9 @@ from yacs.config import CfgNode
 
 from core.arguments import parse
 from core.base.arguments import Parser
-from core.base.errors import USER_ERROR_EXIT_CODE, entry_point, sha256_file, write_json
+from core.base.errors import USER_ERROR_EXIT_CODE, entry_point
+from core.base.files import sha256_file
+from core.base.json_files import write_json
 from core.base.terminal import one_line
 from core.config import load_cfg
 from datasets.images.decode import ImageError

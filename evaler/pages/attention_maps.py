@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from yacs.config import CfgNode
 
-from core.base.errors import sha256_file
+from core.base.files import sha256_file
 from core.builders import build_descriptor, load_tested_weights
 from core.config import load_cfg
 from datasets.images.decode import MAX_PIXELS

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from core.arguments import parse
 from core.base.arguments import Parser
-from core.base.errors import atomic_write, entry_point
+from core.base.errors import entry_point
+from core.base.files import atomic_write
 from core.config import load_cfg
 from evaler.pages.content import FOLDERS, Run, own_page, revisited_page
 from evaler.pages.pictures import Shown

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from core.base.arguments import Parser
-from core.base.errors import atomic_write, entry_point
+from core.base.errors import entry_point
+from core.base.files import atomic_write
 from core.base.json_files import parse, read_bytes
 from evaler.features.places import find_collection
 from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, without

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from core.base.errors import code_version
+from core.base.version import code_version
 from evaler.sources.images import DISTRACTORS
 
 COMPLETE = 1_001_001  # images of R1M

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from core.base.arguments import Parser
-from core.base.errors import entry_point, write_json
+from core.base.errors import entry_point
+from core.base.json_files import write_json
 from evaler.scoring.revisited import SETTING_NAMES
 
 SAMPLES = 10_000

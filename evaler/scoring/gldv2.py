@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from core.base.arguments import Parser
-from core.base.errors import entry_point, write_json
+from core.base.errors import entry_point
+from core.base.json_files import write_json
 from datasets.lists.sources import SourceError, csv_rows, landmark_name, read_csv
 from evaler.features.places import find_collection
 from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, check_alike

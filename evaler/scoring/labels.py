@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from core.base.arguments import Parser
-from core.base.errors import entry_point, write_json
+from core.base.errors import entry_point
+from core.base.json_files import write_json
 from datasets.lists.sources import read_csv
 from datasets.normalisation import note_on_name
 from evaler.features.places import find_collection

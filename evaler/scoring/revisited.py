@@ -11,7 +11,9 @@ import numpy as np
 from yacs.config import CfgNode
 
 from core.arguments import load_cfg_from_args
-from core.base.errors import entry_point, sha256_file, write_json
+from core.base.errors import entry_point
+from core.base.files import sha256_file
+from core.base.json_files import write_json
 from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, without
 from evaler.features.rows import Stacked
 from evaler.features.store import Features, align, check_length, load, read_manifest, some

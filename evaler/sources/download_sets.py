@@ -12,7 +12,8 @@ from pathlib import Path
 
 from core.base.arguments import Parser
 from core.base.download import download
-from core.base.errors import ROOT, atomic_write, entry_point
+from core.base.errors import ROOT, entry_point
+from core.base.files import atomic_write
 from core.base.locks import InUse, folder_lock
 from datasets.missing import missing_files
 from evaler.sources.unpack import EXTENSIONS, Wanted, unpack

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from core.base.errors import atomic_write
+from core.base.files import atomic_write
 from core.base.progress import bar
 from core.processes.distributed import is_main
 from datasets.images.decode import ImageError

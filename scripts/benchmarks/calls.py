@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from core.base.errors import write_json
+from core.base.json_files import write_json
 from scripts.benchmarks.timing import conditions, machine, spread
 
 COMMAND = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"

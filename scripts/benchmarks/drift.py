@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from core.base.errors import write_json
+from core.base.json_files import write_json
 from core.base.progress import Counter
 from core.builders import build_descriptor, load_tested_weights
 from datasets.transforms import normalise, scaled_size

@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 import torch
 
-from core.base.errors import code_version, write_json
+from core.base.json_files import write_json
+from core.base.version import code_version
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.base.arguments import Parser
-from core.base.errors import atomic_write, entry_point
+from core.base.errors import entry_point
+from core.base.files import atomic_write
 from scripts.plots.run_panels import COLOURS, DASHES, MARKED, MARKERS, panel_rows
 from scripts.plots.run_records import RunCurves, read_run, run_names
 

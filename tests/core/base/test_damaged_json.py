@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.base.errors import sha256_file
+from core.base.files import sha256_file
 from core.base.json_files import MOST_DEPTH, parse
 from evaler.extraction.chunks import chunk_path, read_chunk, read_header, read_plan, write_plan
 from evaler.features.store import FeaturesError, feature_path, load, read_manifest, save

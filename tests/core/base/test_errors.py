@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from core.base import errors as environment
-from core.base.errors import atomic_write, code_version, entry_point, is_user_error, sha256_file
+from core.base.errors import entry_point, is_user_error
+from core.base.files import atomic_write, sha256_file
+from core.base.version import code_version
 from datasets import transforms
 from tests.small_run import ROOT, child_environment, python
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from core import builders
-from core.base.errors import sha256_file
+from core.base.files import sha256_file
 from core.checkpoints.checkpoint import checkpoint_path, write_checkpoint
 from core.config import load_cfg
 from datasets.images.decode import decode

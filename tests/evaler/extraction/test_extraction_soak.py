@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from core import builders
-from core.base.errors import sha256_file
+from core.base.files import sha256_file
 from core.config import load_cfg
 from datasets.images.decode import decode
 from evaler.extraction.chunks import plans, present

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.base.errors import sha256_file
+from core.base.files import sha256_file
 from evaler.features.store import Features, FeaturesError, Rejected, align, feature_path, load, save, write
 
 ROOT = Path(__file__).resolve().parents[3]

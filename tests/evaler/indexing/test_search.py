@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from core.arguments import split_settings
-from core.base.errors import sha256_file
+from core.base.files import sha256_file
 from core.config import load_cfg
 from evaler.extraction import command as extract
 from evaler.features import store as features

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.base.errors import sha256_file
+from core.base.files import sha256_file
 from evaler.features.store import Features, FeaturesError, save
 from evaler.scoring.revisited import load_set, main, score_features, table
 from revisitop import groundtruth
