@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from yacs.config import CfgNode
 
 from core.base.download import local_path
+from core.base.errors import UserError
 from core.base.files import sha256_file
 from core.checkpoints.checkpoint import newest_checkpoint
 from core.checkpoints.saved_settings import check_saved_settings, network_settings, read_saved
@@ -93,7 +94,7 @@ def tested_weights(cfg: CfgNode) -> Path:
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if newest is None:
-        raise ValueError(f"no weights: set TEST.WEIGHTS, or train first (no checkpoint in {cfg.OUT_DIR}/checkpoints)")
+        raise UserError(f"no weights: set TEST.WEIGHTS, or train first (no checkpoint in {cfg.OUT_DIR}/checkpoints)")
     return newest
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
+from core.base.errors import UserError
 from core.base.safe_yaml import LARGEST_INT, MOST_TEXT, YamlError, read_yaml
 
 # Keys of pycls and of the published YAML files that nothing reads (most were not read there either).
@@ -30,7 +31,7 @@ IGNORED = {
 NEVER_READ_CLS_LAYER = "linear"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration the user has to mend; the message is one line."""
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import simplejson
 from tqdm import tqdm
 
+from core.base.errors import UserError
 from core.base.terminal import one_line, work_goes_on
 
 JSON_PREFIX = "json_stats: "
@@ -30,7 +31,7 @@ class _Curves:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ValueError("TENSORBOARD True needs the package tensorboard: pip install tensorboard") from None
+            raise UserError("TENSORBOARD True needs the package tensorboard: pip install tensorboard") from None
         self.folder, self.writer = folder, SummaryWriter(folder)
 
     def close(self) -> None:

@@ -54,9 +54,7 @@ def _collecting(layers: list[nn.Module]) -> Iterator[list["_Population"]]:
     names = ("running_mean", "running_var", "num_batches_tracked")
     before = [(layer.momentum, [getattr(layer, name).clone() for name in names]) for layer in layers]
     populations = [_Population(layer.running_mean) for layer in layers]
-    hooks = [
-        layer.register_forward_hook(population.add) for layer, population in zip(layers, populations, strict=True)
-    ]
+    hooks = [layer.register_forward_hook(population.add) for layer, population in zip(layers, populations, strict=True)]
     for layer in layers:
         layer.train()
         layer.momentum = 1.0  # the running statistics become those of the batch

@@ -2,6 +2,8 @@
 
 import math
 
+from core.base.errors import UserError
+
 
 def learning_rate(
     epoch: float,
@@ -28,7 +30,7 @@ def learning_rate(
     elif policy == "exp":
         rate = base_lr * gamma**epoch
     else:
-        raise ValueError(f"unknown learning-rate policy {policy}: use cos, steps or exp")
+        raise UserError(f"unknown learning-rate policy {policy}: use cos, steps or exp")
     if epoch < warmup_epochs:
         done = epoch / warmup_epochs
         rate *= warmup_factor * (1.0 - done) + done

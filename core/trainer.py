@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from core import builders
 from core.average import MovingAverage
+from core.base.errors import UserError
 from core.base.locks import folder_lock
 from core.checkpoints.checkpoint import (
     BEST,
@@ -49,7 +50,7 @@ from core.summary import count_gflops, start_report
 
 
 def train(cfg: CfgNode, score: Scorer | None = None) -> None:
-    """Train in this process, one of `world_size()`. Raises `ValueError` for the user's mistakes.
+    """Train in this process, one of `world_size()`. Raises `UserError` for the user's mistakes.
 
     Ends by SystemExit with code 128 + signal after SIGINT or SIGTERM, when the state is saved.
     """
@@ -89,9 +90,9 @@ def find_start(cfg: CfgNode) -> tuple[Path | None, list[str]]:
             mistake = str(error)
     newest, notes, mistake = gather_objects((newest, notes, mistake))[0]
     if mistake:
-        raise ValueError(mistake)
+        raise UserError(mistake)
     if newest and not cfg.TRAIN.AUTO_RESUME and not restarts():
-        raise ValueError(f"{cfg.OUT_DIR} holds checkpoints: set TRAIN.AUTO_RESUME True to go on, or another OUT_DIR")
+        raise UserError(f"{cfg.OUT_DIR} holds checkpoints: set TRAIN.AUTO_RESUME True to go on, or another OUT_DIR")
     return newest, notes
 
 
@@ -143,7 +144,7 @@ class Run:
         numbering = builders.trained_parameters
         notes = restore(path, self.cfg, self.model, self.optimizer, self.position, **saved, numbering=numbering)
         if self.position.iteration > self.iterations:
-            raise ValueError(f"{path}: iteration {self.position.iteration} of an epoch that has {self.iterations}")
+            raise UserError(f"{path}: iteration {self.position.iteration} of an epoch that has {self.iterations}")
         if place_of(path) == self.position.place:
             self.saved_at = self.position.place
         elif is_main():  # with a larger batch fewer iterations are done: names of before would count as newer

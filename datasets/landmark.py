@@ -13,6 +13,7 @@ import numpy as np
 from numpy.random import PCG64, Generator, SeedSequence
 
 from datasets.batch_memory import Slot, WorkerMemory
+from datasets.errors import DataError
 from datasets.images.decode import ImageError, ImageFile
 from datasets.missing import missing_files
 from datasets.normalisation import note_on_path
@@ -25,7 +26,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 _MOST_DIGITS = 100
 
 
-class ListError(ValueError):
+class ListError(DataError):
     """A list file that cannot be used; the message is one line: file, line number, mend."""
 
 

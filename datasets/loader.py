@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.random import PCG64, Generator, SeedSequence
 
+from datasets.errors import DataError
 from datasets.images.decode import ImageError
 from datasets.landmark import Batch, LandmarkDataset
 from datasets.workers import Workers
@@ -67,15 +68,15 @@ class TrainBatches:
     ) -> None:
         """Sampling `class_balanced` needs the labels, int64 [n].
 
-        Raises ValueError if the batch is larger than the set or does not divide among `world` processes.
+        Raises DataError if the batch is larger than the set or does not divide among `world` processes.
         """
         assert 0 <= rank < world, (rank, world)
         assert sampling in SAMPLINGS, sampling
         assert sampling == "uniform" or len(labels) == n, (n, labels)
         if not 1 <= batch_size <= n:
-            raise ValueError(f"TRAIN.BATCH_SIZE {batch_size}: must be from 1 to the number of training images, {n}")
+            raise DataError(f"TRAIN.BATCH_SIZE {batch_size}: must be from 1 to the number of training images, {n}")
         if batch_size % world:
-            raise ValueError(f"TRAIN.BATCH_SIZE {batch_size}: does not divide among {world} processes")
+            raise DataError(f"TRAIN.BATCH_SIZE {batch_size}: does not divide among {world} processes")
         self.per_epoch = n // batch_size
         self._n, self._batch_size, self._seed, self._rank = n, batch_size, seed, rank
         self.share = batch_size // world  # samples in a batch of this rank
@@ -118,7 +119,7 @@ class TestBatches:
     def __init__(self, n: int, *, batch_size: int, rank: int = 0, world: int = 1) -> None:
         assert 0 <= rank < world, (rank, world)
         if batch_size < 1:
-            raise ValueError(f"TEST.BATCH_SIZE {batch_size}: must be at least 1")
+            raise DataError(f"TEST.BATCH_SIZE {batch_size}: must be at least 1")
         self._indices = range(rank, n, world)
         self.share = max(1, batch_size // world)
 

@@ -14,6 +14,7 @@ import struct
 import numpy as np
 
 from datasets.batch_memory import BatchMemory, Slot, anonymous_file
+from datasets.errors import DataError
 
 LARGE = 1 << 14  # bytes; what is below fits the buffer of a socket twice, and whoever sends it need not wait
 _HEAD = struct.Struct("<Q?")  # bytes of the message, and whether they are in the last of the files that come with it
@@ -110,7 +111,7 @@ class _Pickler(pickle.Pickler):
             return "slot", part.place
         if isinstance(part, np.ndarray) and part.nbytes >= LARGE and not part.dtype.hasobject:
             if len(self._files) == _MOST_FILES:
-                raise ValueError(f"a message with more than {_MOST_FILES} large arrays")
+                raise DataError(f"a message with more than {_MOST_FILES} large arrays")
             self._files.append(_filed(np.ascontiguousarray(part).reshape(-1).view(np.uint8)))
             return "file", (len(self._files) - 1, part.shape, part.dtype.str)
         return None

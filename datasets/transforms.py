@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from datasets.errors import DataError
 from datasets.images.decode import ImageFile
 from datasets.resize_part import resize_part
 
@@ -173,10 +174,10 @@ def cut_fast(out: np.ndarray, image: np.ndarray, draw: TrainDraw, *, box: Box, r
 
 
 def scaled_size(width: int, height: int, scale: float) -> tuple[int, int]:
-    """Width and height in pixels at a scale, rounded half to even. Raises ValueError if a side becomes 0."""
+    """Width and height in pixels at a scale, rounded half to even. Raises DataError if a side becomes 0."""
     scaled = round(width * scale), round(height * scale)
     if min(scaled) < 1:
-        raise ValueError(f"an image of {width} x {height} pixels has nothing left at scale {scale}")
+        raise DataError(f"an image of {width} x {height} pixels has nothing left at scale {scale}")
     return scaled
 
 

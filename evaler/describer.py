@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from core.base.download import local_path
+from core.base.errors import UserError
 from core.builders import build_descriptor, load_tested_weights
 from core.checkpoints.saved_settings import network_settings, read_saved
 from core.config import get_cfg, load_cfg
@@ -42,7 +43,7 @@ class Describer:
         """Descriptors float32 [N, D] of length 1; of one image that is not in a list, [D].
 
         An image is a file's path, or pixels: uint8 [H, W, 3] in the order blue, green, red (as OpenCV reads them).
-        Raises `ImageError` naming a file that is missing, truncated or no image, and `ValueError` for other pixels and
+        Raises `ImageError` naming a file that is missing, truncated or no image, and `UserError` for other pixels and
         for a descriptor that is zero or not finite.
         """
         if isinstance(images, str | os.PathLike | np.ndarray):
@@ -52,7 +53,7 @@ class Describer:
     def _describe(self, image: str | os.PathLike | np.ndarray) -> np.ndarray:
         pixels = image if isinstance(image, np.ndarray) else decode(image, max_pixels=self.max_pixels)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
-            raise ValueError(f"pixels are uint8 [H, W, 3], these are {pixels.dtype} {list(pixels.shape)}")
+            raise UserError(f"pixels are uint8 [H, W, 3], these are {pixels.dtype} {list(pixels.shape)}")
         pixels = reduce_to_fit(pixels, scales=self.scales, max_pixels=self.max_level_pixels)
         name = "an image" if isinstance(image, np.ndarray) else str(image)
         try:

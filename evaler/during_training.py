@@ -26,7 +26,7 @@ NAMES = {"E": "easy", "M": "medium", "H": "hard"}
 
 
 def check_sets(cfg: CfgNode) -> None:
-    """Raise `ValueError` now if a set of TEST.RETRIEVAL lacks its ground truth or an image, rather than hours later."""
+    """Raise `UserError` now if a set of TEST.RETRIEVAL lacks its ground truth or an image, rather than hours later."""
     for name in cfg.TEST.RETRIEVAL:
         for images in revisited_set(cfg.INFER.DATA_DIR, name, crop_query=cfg.INFER.CROP_QUERY).values():
             images.sha256()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.aspp import MultiAtrous
 from model.attention import LocalBranch
 from model.dolg import DOLG
+from model.errors import ModelError
 from model.folding import FusedConv, can_fuse, fold
 from model.fusion import orthogonal_component
 from model.resnet import BottleneckTransform, ResBlock, ResNet
@@ -26,7 +27,7 @@ def for_inference(network: DOLG, *, precision: str = "fp32", compiled: bool = Fa
     At fp32 the descriptors keep within 1e-6 (1 - cosine) of the network's. See docs/performance.md for the others.
     """
     if precision not in DTYPES:
-        raise ValueError(f"precision {precision!r} is none of {', '.join(DTYPES)}")
+        raise ModelError(f"precision {precision!r} is none of {', '.join(DTYPES)}")
     assert not network.training, "BN is folded with its running statistics: eval mode"
     device = next(network.parameters()).device
     # The compiler finds fusions of its own in plain operations.

@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.errors import ModelError
+
 
 def shard_bounds(num_classes: int, rank: int, world: int) -> tuple[int, int]:
-    """First and one past the last class of `rank`. Raises `ValueError` if there are fewer classes than processes."""
+    """First and one past the last class of `rank`. Raises `ModelError` if there are fewer classes than processes."""
     if num_classes < world:
-        raise ValueError(f"{num_classes} classes cannot be split over {world} processes: switch the sharded head off")
+        raise ModelError(f"{num_classes} classes cannot be split over {world} processes: switch the sharded head off")
     return num_classes * rank // world, num_classes * (rank + 1) // world
 
 

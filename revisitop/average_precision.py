@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from revisitop.errors import ProtocolError
+
 
 def without_junk(positives: np.ndarray, junk: np.ndarray) -> np.ndarray:
     """Ranks [P] of the positives, ascending, after the images at the ranks `junk` are taken out of the ranking.
@@ -53,7 +55,7 @@ def mean_over_queries(
     NaN if nothing is left.
     """
     if not all(kappa >= 1 for kappa in kappas):
-        raise ValueError(f"precision at k needs k of at least 1, not {list(kappas)}")
+        raise ProtocolError(f"precision at k needs k of at least 1, not {list(kappas)}")
     aps = np.full(len(totals), np.nan)
     prs = np.full((len(totals), len(kappas)), np.nan)
     for query, (found, ignored, total) in enumerate(zip(positives, junk, totals, strict=True)):
@@ -77,7 +79,7 @@ def compute_map(
     """
     ranks = np.asarray(ranks)
     if ranks.ndim != 2 or ranks.shape[1] != len(gnd):
-        raise ValueError(f"{len(gnd)} queries need ranks of shape [database, {len(gnd)}], not {ranks.shape}")
+        raise ProtocolError(f"{len(gnd)} queries need ranks of shape [database, {len(gnd)}], not {ranks.shape}")
     columns = [(column, labels["ok"], labels.get("junk", ())) for column, labels in zip(ranks.T, gnd, strict=True)]
     positives = [np.flatnonzero(np.isin(column, ok)) for column, ok, _ in columns]
     junk = [np.flatnonzero(np.isin(column, bad)) for column, _, bad in columns]

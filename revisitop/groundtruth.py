@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from revisitop import plain_pickle
+from revisitop.errors import ProtocolError
 
 LABELS = ("easy", "hard", "junk")
 # Lists may be shared within a file, so a small file can stand for very many labels.
@@ -21,7 +22,7 @@ MAX_LABELS = 10**8
 MAX_SIDE = 2**31  # pixels: NaN, infinity and integers that no float holds are larger
 
 
-class GroundTruthError(ValueError):
+class GroundTruthError(ProtocolError):
     """A ground truth that cannot be used; the message is one line."""
 
 

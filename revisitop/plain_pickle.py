@@ -9,6 +9,8 @@ dicts with text keys, tuples, text, bytes, numbers, booleans and None; there is 
 import pickletools
 from typing import Any
 
+from revisitop.errors import ProtocolError
+
 _NOTHING = {"PROTO", "FRAME"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _NUMBERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
@@ -21,7 +23,7 @@ _PUT = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GET = {"GET", "BINGET", "LONG_BINGET"}
 
 
-class PlainPickleError(ValueError):
+class PlainPickleError(ProtocolError):
     """The bytes are not a pickle, or hold more than plain data."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from revisitop.average_precision import average_precision, mean_over_queries
+from revisitop.errors import ProtocolError
 from revisitop.groundtruth import LABELS, GroundTruth, Query
 from revisitop.scores import Rows
 from revisitop.streamed_ranks import Standing, standings
@@ -39,7 +40,7 @@ def evaluate(
     `kappas`), `aps` (AP of each query [Q], NaN for those without positives), and `mAP_bracket` (the least and the
     largest mAP that another order of equal scores gives; both are the mAP where no positive ties with a negative, and
     with `first`, which has no scores to tie).
-    Raises ValueError as `rank_labelled` does.
+    Raises ProtocolError as `rank_labelled` does.
     """
     labels = _labels(ground_truth)
     found = rank_labelled(queries, database, ground_truth, first=first)
@@ -65,18 +66,18 @@ def rank_labelled(
 ) -> list[Standing]:
     """Where the labelled images of each query stand: easy, then hard, then junk ones. Arguments: see `evaluate`.
 
-    Raises ValueError where shapes, indices or values do not fit.
+    Raises ProtocolError where shapes, indices or values do not fit.
     """
     labels = _labels(ground_truth)
     queries, count = np.asarray(queries), database.shape[0]
     if queries.ndim != 2 or len(database.shape) != 2 or queries.shape[1] != database.shape[1]:
-        raise ValueError(f"queries {queries.shape} and database {database.shape} are not [Q, D] and [N, D]")
+        raise ProtocolError(f"queries {queries.shape} and database {database.shape} are not [Q, D] and [N, D]")
     if len(queries) != len(labels):
-        raise ValueError(f"{len(queries)} query descriptors for a ground truth of {len(labels)} queries")
+        raise ProtocolError(f"{len(queries)} query descriptors for a ground truth of {len(labels)} queries")
     for index, query in enumerate(labels):
         for label, images in query.items():
             if len(images) and not 0 <= images.min() <= images.max() < count:
-                raise ValueError(f"query {index}: {label} holds an index outside the {count} database images")
+                raise ProtocolError(f"query {index}: {label} holds an index outside the {count} database images")
 
     labelled = [np.concatenate(list(query.values())) for query in labels]
     found = standings(queries, database, labelled)

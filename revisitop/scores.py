@@ -18,6 +18,8 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 from tqdm import tqdm
 
+from revisitop.errors import ProtocolError
+
 ROWS_A_CHUNK = 1 << 14
 NUMBERS_AT_ONCE = 1 << 18  # of rows, that stay in a processor's cache from their lengths to their product
 T = TypeVar("T")
@@ -46,7 +48,7 @@ def near_scores(
 
     In float32, which holds float16 and float32 exactly, where that has room for the products; else in float64. `start`
     is the index of the first row, for messages. rough: in less time, by a bound up to 30 times as wide; of few queries
-    the product takes no longer than the lengths of the rows. Raises ValueError for a row that is not finite.
+    the product takes no longer than the lengths of the rows. Raises ProtocolError for a row that is not finite.
     """
     kind = np.float32 if max(_bytes(rows), _bytes(queries)) <= 4 else np.float64
     asked, (count, dim) = queries.astype(kind), rows.shape
@@ -68,11 +70,11 @@ def near_scores(
     lengths = np.sqrt(np.square(queries.astype(np.float64)).sum(axis=1))
     finite = longest * lengths.max(initial=1.0) < limits.max / 10  # then so are all products and their sums
     if not finite and not np.isfinite(rows).all():
-        raise ValueError(f"the descriptor of database image {start + first_bad(rows)} is not finite")
+        raise ProtocolError(f"the descriptor of database image {start + first_bad(rows)} is not finite")
     if kind is np.float32 and not (finite and largest > 1e-20):
         return near_scores(queries, rows.astype(np.float64), start, rough=rough)
     if not finite:
-        raise ValueError("products of descriptors are not finite: they are too long")
+        raise ProtocolError("products of descriptors are not finite: they are too long")
     return scores, bound * lengths * longest + dim * float(limits.tiny)  # the latter where products vanish
 
 

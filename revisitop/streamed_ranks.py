@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from revisitop.errors import ProtocolError
 from revisitop.scores import ROWS_A_CHUNK, Rows, by_chunks, exact_scores, first_bad, near_scores
 
 
@@ -33,11 +34,11 @@ def standings(
     """Where the images `wanted[q]` (indices [W]) of a database [N, D] stand for query q of [Q, D]; a list of Q.
 
     Memory: for each core a chunk, its scores, and a few numbers for each wanted image; the descriptors of those once.
-    Raises ValueError where a descriptor or a score is not finite.
+    Raises ProtocolError where a descriptor or a score is not finite.
     """
     queries, count = np.asarray(queries), database.shape[0]
     if not np.isfinite(queries).all():
-        raise ValueError(f"the descriptor of query {first_bad(queries)} is not finite")
+        raise ProtocolError(f"the descriptor of query {first_bad(queries)} is not finite")
     all_wanted = np.unique(np.concatenate([np.empty(0, np.int64), *wanted]))
 
     def gather(slices: Iterator[slice]) -> dict[int, np.ndarray]:

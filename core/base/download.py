@@ -26,7 +26,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from core.base.arguments import Parser
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.base.files import atomic_write, sha256_file
 
 TIMEOUT = 60  # seconds in which a server that sends fewer than SLOWEST bytes counts as lost
@@ -37,7 +37,7 @@ MOST_UNTOLD = 1 << 32  # bytes of a file whose size the server does not tell
 MOST_REDIRECTS = 10
 
 
-class DownloadError(ValueError):
+class DownloadError(UserError):
     """An address that cannot be used, or a download that failed; the message names the address."""
 
 

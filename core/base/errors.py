@@ -1,19 +1,26 @@
-"""What every command shares: one-line errors, files that are whole or absent, and the version of the code."""
+"""How a command ends: in one line where the user is to blame, or the machine; in a traceback where the code is."""
 
-import dis
 import functools
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 from core.base.door import missing_package
 from core.base.terminal import BROKEN_PIPE_EXIT_CODE, STDOUT, one_line, safe_streams, unwritten
 
-ROOT = Path(__file__).resolve().parents[2]
 USER_ERROR_EXIT_CODE = 2
 FAILURE_EXIT_CODE = 1
+
+
+class UserError(ValueError):
+    """A mistake of the user, in one line that names the file, key or line number and the mend.
+
+    A leaf marks its own error in the same way, since it does not know this one: a class attribute `is_user_error`.
+    A `ValueError` without the mark is a defect of the code or of a library, and its traceback is shown.
+    """
+
+    is_user_error = True
 
 
 class Failure(RuntimeError):
@@ -21,21 +28,7 @@ class Failure(RuntimeError):
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Tell a mistake of the user from a defect of the code.
-
-    Our code raises `ValueError` for the user's mistakes and for nothing else. The same type from a library (a shape
-    that does not fit, say) is a defect, and its traceback must not be lost. A library written in C leaves no frame in
-    the traceback, and the innermost one is then ours all the same: it counts only if a `raise` stands there.
-    """
-    if not isinstance(error, ValueError) or error.__traceback__ is None:
-        return False
-    innermost = error.__traceback__
-    while innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    code = innermost.tb_frame.f_code
-    path = Path(code.co_filename).resolve()  # the repository may be reached by a link
-    ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
-    return ours and code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return getattr(error, "is_user_error", False)
 
 
 def ending(error: Exception) -> tuple[int, str] | None:

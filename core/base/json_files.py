@@ -6,6 +6,7 @@ import os
 import stat
 from pathlib import Path
 
+from core.base.errors import UserError
 from core.base.files import atomic_write
 
 MOST_BYTES = 2**30
@@ -13,25 +14,25 @@ MOST_DEPTH = 16
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The content of a regular file. Raises `ValueError` for another kind or more bytes, `OSError` as opening does."""
+    """The content of a regular file. Raises `UserError` for another kind or more bytes, `OSError` as opening does."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # or a pipe hangs
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
+            raise UserError("not a regular file")
         if status.st_size > most:
-            raise ValueError(f"{status.st_size} bytes, more than {most}")
+            raise UserError(f"{status.st_size} bytes, more than {most}")
         return file.read()
 
 
 def parse(data: bytes) -> object:
     """A value of JSON whose numbers are finite and fit 64 bits, whose texts are UTF-8, and that nests 16 deep at most.
 
-    Raises `ValueError` for anything else.
+    Raises `UserError` for anything else.
     """
     try:
         value = json.loads(data.decode())
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise UserError("nested too deeply") from None
     _check(value)
     return value
 
@@ -40,15 +41,15 @@ def _check(value: object) -> None:
     level, depth = [value], 0
     while level:
         if (depth := depth + 1) > MOST_DEPTH:
-            raise ValueError("nested too deeply")
+            raise UserError("nested too deeply")
         inner: list = []
         for item in level:
             if isinstance(item, str):
                 item.encode()  # UnicodeEncodeError, a ValueError, for half of a pair of surrogates
             elif isinstance(item, float) and not math.isfinite(item):
-                raise ValueError("a number that is not finite")
+                raise UserError("a number that is not finite")
             elif isinstance(item, int) and not -(2**63) <= item < 2**63:
-                raise ValueError("a number of more than 64 bits")
+                raise UserError("a number of more than 64 bits")
             elif isinstance(item, list):
                 inner += item
             elif isinstance(item, dict):
@@ -58,7 +59,7 @@ def _check(value: object) -> None:
 
 
 def write_json(path: str | os.PathLike, record: object, *, sort_keys: bool = False) -> None:
-    """Write a file of JSON, by `atomic_write`. Raises ValueError for numbers that are not finite."""
+    """Write a file of JSON, by `atomic_write`. Raises UserError for numbers that are not finite."""
     content = json.dumps(record, indent=1, sort_keys=sort_keys, allow_nan=False)
     with atomic_write(path) as file:
         file.write(content.encode() + b"\n")

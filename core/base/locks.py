@@ -11,11 +11,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from core.base.errors import UserError
+
 # What file systems without locks answer (some network ones).
 UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 
-class InUse(ValueError):
+class InUse(UserError):
     """Another process holds the lock; the message is one line."""
 
 
@@ -24,13 +26,13 @@ def folder_lock(folder: str | os.PathLike, *, shared: bool = False) -> Iterator[
     """Make `folder` if need be and lock it; yields whether its file system has locks.
 
     The folder itself is what is locked: no file is left over. Many processes can hold a shared lock at once. Raises
-    `InUse` if another process holds it in a way that excludes this one, `ValueError` if it cannot be made.
+    `InUse` if another process holds it in a way that excludes this one, `UserError` if it cannot be made.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror}") from None
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     descriptors = [descriptor]
 
     def close_in_fork() -> None:  # a loader worker that outlives its parent must not keep the lock

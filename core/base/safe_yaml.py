@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
+from core.base.errors import UserError
+
 MOST_TEXT = 200_000  # characters; a complete configuration has 6,000
 MOST_NODES = 20_000  # with what an alias stands for counted each time
 DEEPEST = 20
@@ -16,7 +18,7 @@ LARGEST_INT = 2**63
 KINDS = ("map", "seq", "str", "int", "float", "bool", "null")
 
 
-class YamlError(ValueError):
+class YamlError(UserError):
     """Text that is no YAML of plain values; `problem` is one line, `line` counts from 1, None where it is not known."""
 
     def __init__(self, problem: str, line: int | None = None) -> None:

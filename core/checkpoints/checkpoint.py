@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from core.base.errors import UserError
 from core.base.files import atomic_write
 from model.weights.loading import WeightsError, read_checkpoint
 
@@ -36,7 +37,7 @@ def checkpoints(out_dir: str | Path) -> list[Path]:
 def newest_checkpoint(out_dir: str | Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole (None where there is no checkpoint at all), and notes about newer ones.
 
-    Raises `ValueError` where there are checkpoints, but all are broken.
+    Raises `UserError` where there are checkpoints, but all are broken.
     """
     notes = []
     for path in reversed(checkpoints(out_dir)):
@@ -46,7 +47,7 @@ def newest_checkpoint(out_dir: str | Path) -> tuple[Path | None, list[str]]:
         notes.append(f"{path} is broken ({fault}): the one before it is used")
     if notes:
         folder = Path(out_dir) / FOLDER
-        raise ValueError(f"{folder}: none of the {len(notes)} checkpoints is whole: remove them to start anew")
+        raise UserError(f"{folder}: none of the {len(notes)} checkpoints is whole: remove them to start anew")
     return None, notes
 
 

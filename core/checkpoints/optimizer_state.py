@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from core.base.errors import UserError
+
 # What an optimiser keeps for each parameter, in its shape. AdamW counts the steps beside it.
 KEPT = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 MOST_STEPS = 2**24  # float32 counts no further
 MOST_LISTED = 3
 
 
-class StateError(ValueError):
+class StateError(UserError):
     """An optimizer state that cannot be used; the message is one line that begins with the key."""
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from core.base.errors import is_user_error
+from core.base.errors import UserError, is_user_error
 from core.base.files import atomic_write
 from core.checkpoints.checkpoint import FOLDER, checkpoints
 from core.processes.distributed import is_main
@@ -29,16 +29,16 @@ def write_config(cfg: CfgNode) -> None:
         with atomic_write(Path(cfg.OUT_DIR) / cfg.CFG_DEST) as file:
             file.write(cfg.dump().encode())
     except OSError as error:
-        raise ValueError(f"OUT_DIR {cfg.OUT_DIR} cannot be written: {error.strerror}") from None
+        raise UserError(f"OUT_DIR {cfg.OUT_DIR} cannot be written: {error.strerror}") from None
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `ValueError` if `folder` cannot be made or written into; nothing is made."""
+    """Raise `UserError` if `folder` cannot be made or written into; nothing is made."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise ValueError(f"{folder} cannot be made: {nearest} is a file; name another OUT_DIR")
+        raise UserError(f"{folder} cannot be made: {nearest} is a file; name another OUT_DIR")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} cannot be written: no permission in {nearest}; name another OUT_DIR")
+        raise UserError(f"{folder} cannot be written: no permission in {nearest}; name another OUT_DIR")
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def output_folder(cfg: CfgNode) -> Iterator[None]:
     """
     out_dir = Path(cfg.OUT_DIR)
     if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f"OUT_DIR {out_dir} is a file, name a folder")
+        raise UserError(f"OUT_DIR {out_dir} is a file, name a folder")
     made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
     try:
         yield

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from yacs.config import CfgNode
 
+from core.base.errors import UserError
 from core.base.version import code_version
 from core.checkpoints.optimizer_state import StateError, load_state, whole_state
 from core.checkpoints.position import Position
@@ -97,7 +98,7 @@ def restore(
 
     Momentum, decay and the like stay those of the configuration. `numbering(cfg)` names the parameters that a run with
     these settings trains, group by group, for a file whose optimizer state only numbers them; without it they are
-    taken for those of `optimizer`. Raises `ValueError` naming the file and the difference for another architecture,
+    taken for those of `optimizer`. Raises `UserError` naming the file and the difference for another architecture,
     class count or list, and for content that no run has written; nothing is then half restored that a run would go on
     with.
     """
@@ -167,7 +168,7 @@ def _check_lists(saved: dict[str, str], lists: dict[str, str], path: Path) -> No
     for name, digest in lists.items():
         there = saved.get(name)
         if there is not None and there != digest:
-            raise ValueError(
+            raise UserError(
                 f"{path}: trained with another {name} list (sha256 {there[:8]}, here {digest[:8]}): restore that list, "
                 "or start anew from these weights with TRAIN.WEIGHTS and another OUT_DIR"
             )
@@ -180,7 +181,7 @@ def _load_model(model: nn.Module, content: dict, source: Path | str) -> list[str
     if head is not None and CLASS_MATRIX in state:
         classes = len(state[CLASS_MATRIX])
         if classes != head.num_classes:
-            raise ValueError(f"{source}: its head has {classes} classes, MODEL.NUM_CLASSES is {head.num_classes}")
+            raise UserError(f"{source}: its head has {classes} classes, MODEL.NUM_CLASSES is {head.num_classes}")
     load_strict(model, state, source=str(source))
     parameters = {name for name, _ in model.named_parameters()}
     return [name for name in state if name in parameters]
@@ -192,7 +193,7 @@ def _load_optimizer(
     try:
         return load_state(optimizer, content, _head(model), numbering=numbering)
     except StateError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: its optimizer_state does not fit: {error}; start anew from its weights with TRAIN.WEIGHTS and "
             "another OUT_DIR"
         ) from None

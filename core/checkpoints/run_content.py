@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from core.base.errors import UserError
+
 MOST = 2**53  # of whole numbers: beyond any run, and exact wherever they are computed with
 PARTS = {"model_state": dict, "optimizer_state": dict}
 SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
@@ -13,20 +15,20 @@ SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growt
 def check_content(content: dict, path: Path) -> dict:
     """Return the `run` part of a checkpoint, empty where there is none, as in those of the published code.
 
-    Raises `ValueError` naming the file and the key that is missing or holds something else.
+    Raises `UserError` naming the file and the key that is missing or holds something else.
     """
     lacking = [key for key, kind in PARTS.items() if not isinstance(content.get(key), kind)]
     lacking += [key for key in ("epoch",) if not _count(content.get(key), least=-1)]
     if lacking:
-        raise ValueError(f"{path}: no checkpoint of a training run, it lacks {', '.join(sorted(lacking))}")
+        raise UserError(f"{path}: no checkpoint of a training run, it lacks {', '.join(sorted(lacking))}")
     run = content.get("run", {})
     if not isinstance(run, dict):
-        raise ValueError(f"{path}: run holds a {type(run).__name__} instead of the state of a run")
+        raise UserError(f"{path}: run holds a {type(run).__name__} instead of the state of a run")
     checks = [(content, "", TOP), (run, "run: ", RUN)]
     for values, prefix, table in checks:
         for key, (fits, words) in table.items():
             if key in values and not fits(values[key]):
-                raise ValueError(f"{path}: {prefix}{key} is not {words}: the file is damaged")
+                raise UserError(f"{path}: {prefix}{key} is not {words}: the file is damaged")
     return run
 
 

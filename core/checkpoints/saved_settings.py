@@ -5,6 +5,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
+from core.base.errors import UserError
 from core.base.safe_yaml import YamlError, read_yaml
 from core.config_checks import BASIC_DEPTHS
 
@@ -35,16 +36,16 @@ def network_settings(saved: Mapping, *, source: str) -> dict[str, bool | float]:
     """Settings of ours that change what a network computes without changing a shape, as the saved run used them.
 
     A saved configuration also holds settings that its run never read: `RESNET.*` of an `anynet`, say.
-    Raises `ValueError` for a network that is no ResNet.
+    Raises `UserError` for a network that is no ResNet.
     """
     used: dict[str, bool | float] = {}
     kind, stride = _at(saved, "MODEL.TYPE"), _at(saved, "RESNET.STRIDE_1X1")
     if isinstance(kind, str) and kind in OTHER_FAMILIES:
         family = OTHER_FAMILIES[kind]
-        raise ValueError(f"{source}: weights of {family} (MODEL.TYPE {kind}), not of a ResNet; {FITTING}")
+        raise UserError(f"{source}: weights of {family} (MODEL.TYPE {kind}), not of a ResNet; {FITTING}")
     activation = _at(saved, "MODEL.ACTIVATION_FUN")
     if isinstance(activation, str) and activation.lower() != "relu":
-        raise ValueError(f"{source}: trained with MODEL.ACTIVATION_FUN {activation}, here it is relu; {FITTING}")
+        raise UserError(f"{source}: trained with MODEL.ACTIVATION_FUN {activation}, here it is relu; {FITTING}")
     if kind == "anynet":
         _check_anynet(_at(saved, "ANYNET"), source)
         if _at(saved, "ANYNET.BLOCK_TYPE") != "res_basic_block":
@@ -72,13 +73,13 @@ def _check_anynet(anynet: object, source: str) -> None:
     for name, allowed in ANYNET.items():
         there = anynet.get(name, allowed[0]) if isinstance(anynet, Mapping) else allowed[0]
         if there not in allowed:
-            raise ValueError(f"{source}: trained with ANYNET.{name} {there}, a ResNet has {allowed[0]}; {FITTING}")
+            raise UserError(f"{source}: trained with ANYNET.{name} {there}, a ResNet has {allowed[0]}; {FITTING}")
 
 
 def check_saved_settings(saved_cfg: object, cfg: CfgNode, path: Path) -> list[str]:
     """Hold `cfg` against a weight file's own configuration, in what the shapes of its weights do not show.
 
-    Raises `ValueError` naming the file and the key to set. Notes say what could not be checked.
+    Raises `UserError` naming the file and the key to set. Notes say what could not be checked.
     """
     saved, fault = read_saved(saved_cfg)
     if fault:
@@ -86,7 +87,7 @@ def check_saved_settings(saved_cfg: object, cfg: CfgNode, path: Path) -> list[st
     for key, there in network_settings(saved, source=str(path)).items():
         here = _at(cfg, key)
         if there != here:
-            raise ValueError(f"{path}: trained with {key} {there}, here it is {here}: set {key} {there}")
+            raise UserError(f"{path}: trained with {key} {there}, here it is {here}: set {key} {there}")
     kind = _at(saved, "MODEL.TYPE")
     if kind not in (None, "resnet", "anynet"):
         return [f"{path}: trained with MODEL.TYPE {kind}, which is not known here: STRIDE_1X1 is not checked"]

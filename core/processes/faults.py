@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from core.base.errors import Failure
+from core.base.errors import Failure, UserError
 from core.checkpoints.position import Position
 from core.logging import log
 from core.processes.distributed import Agreement, gather_objects, rank, world_size
@@ -47,7 +47,7 @@ class Faults:
         self.signals = SignalFlags(patient=world_size() > 1)
         self.agree = Agreement(len(SIGNALS) + 2, timeout=timeout)
         self.broken: list[str] = []  # met by this process, not yet told to the others
-        self.too_many: ValueError | None = None  # broken images
+        self.too_many: UserError | None = None  # broken images
         self.failing: Exception | None = None  # why this process cannot go on
         self.recent: deque[tuple[int, list[int]]] = deque(maxlen=remember + 1)  # (update, indices of its images)
 
@@ -143,7 +143,7 @@ class Faults:
                 listed.append(message)
                 log(f"broken image {len(listed)}, replaced by the next of its list: {message}")
         if new and len(listed) > self.skip_broken:
-            self.too_many = ValueError(
+            self.too_many = UserError(
                 f"{len(listed)} broken images, DATA_LOADER.SKIP_BROKEN is {self.skip_broken}; the last is {listed[-1]}"
             )
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from yacs.config import CfgNode
 
-from core.base.errors import FAILURE_EXIT_CODE, USER_ERROR_EXIT_CODE, Failure, ending, exit_on_signals
+from core.base.errors import FAILURE_EXIT_CODE, USER_ERROR_EXIT_CODE, Failure, UserError, ending, exit_on_signals
 from core.base.terminal import safe_streams
 from core.config_checks import check_split
 from core.processes.faults import FailedElsewhere
@@ -57,7 +57,7 @@ def launch(work: Work, cfg: CfgNode) -> None:
     """Run `work(cfg)` in every process of the run and return when all have ended.
 
     Under torchrun this process is one of them; otherwise NUM_GPUS processes are started, or none for one device.
-    Raises `ValueError` when fewer GPUs are there than asked for, or the port is taken. A process that fails ends the
+    Raises `UserError` when fewer GPUs are there than asked for, or the port is taken. A process that fails ends the
     others, and this one with a non-zero exit code; SIGINT and SIGTERM are handed on to all.
     """
     check_threads()
@@ -67,7 +67,7 @@ def launch(work: Work, cfg: CfgNode) -> None:
     local_world = here.local_world or 1 if here else cfg.NUM_GPUS
     each_sees_its_own = here is not None and visible == 1  # `meet` looks whether it is so
     if cfg.NUM_GPUS and local_world > visible and not each_sees_its_own:
-        raise ValueError(
+        raise UserError(
             f"NUM_GPUS {local_world}: this machine has {visible} usable GPUs; lower NUM_GPUS (0 is the CPU)"
         )
     if here is not None and (here.world > 1 or under_agent()):
@@ -170,7 +170,7 @@ def _own_store(cfg: CfgNode) -> dist.TCPStore:
     except (OSError, UnicodeError, dist.DistError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         what = f"PORT {cfg.PORT} on {cfg.HOST}" if cfg.PORT else f"HOST {cfg.HOST}"
-        raise ValueError(f"{what} cannot be used ({reason}): give another") from None
+        raise UserError(f"{what} cannot be used ({reason}): give another") from None
 
 
 @contextlib.contextmanager
@@ -236,7 +236,7 @@ def _tell(failures: list[Report], codes: list[int | None]) -> None:
     failures.sort(key=lambda failure: (failure.code != USER_ERROR_EXIT_CODE, failure.lost))  # stable
     cause = failures[0] if failures else None
     if cause and cause.code == USER_ERROR_EXIT_CODE:
-        raise ValueError(cause.line)
+        raise UserError(cause.line)
     for rank, code in enumerate(codes):
         if code is not None and code < 0:
             print(f"error: process {rank} of the run was ended by {signal.Signals(-code).name}", file=sys.stderr)

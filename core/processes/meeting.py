@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from core.base.errors import USER_ERROR_EXIT_CODE, Failure, ending
+from core.base.errors import USER_ERROR_EXIT_CODE, Failure, UserError, ending
 from core.processes.place import Place, place, under_agent, whole_number
 
 MISTAKE = "dolg/mistake"  # key of the store: the user's mistake that has ended the run
@@ -32,7 +32,7 @@ _store: dist.Store | None = None  # of the run, once this process has opened it
 def open_store(here: Place, timeout: datetime.timedelta) -> dist.Store:
     """The store at MASTER_ADDR and MASTER_PORT: torchrun's, or else one that process 0 holds.
 
-    Raises `ValueError` for an address that cannot be one, `Failure` if nobody answers there within `timeout`.
+    Raises `UserError` for an address that cannot be one, `Failure` if nobody answers there within `timeout`.
     """
     global _store
     if _store is not None:
@@ -44,7 +44,7 @@ def open_store(here: Place, timeout: datetime.timedelta) -> dist.Store:
         _store, *_ = next(rendezvous("env://", here.rank, here.world, timeout=timeout))
     except dist.DistError as error:
         if "EADDRINUSE" in str(error):
-            raise ValueError(f"MASTER_PORT {port} cannot be used (Address already in use): give another") from None
+            raise UserError(f"MASTER_PORT {port} cannot be used (Address already in use): give another") from None
         seconds = round(timeout.total_seconds())
         raise Failure(
             f"process {here.rank} of {here.world} did not meet the others at MASTER_ADDR {host}, MASTER_PORT {port} "
@@ -56,7 +56,7 @@ def open_store(here: Place, timeout: datetime.timedelta) -> dist.Store:
 
 def _check_name(host: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,255}", host):
-        raise ValueError(f"the environment's MASTER_ADDR is {host[:60]!r}, it takes the name or address of a machine")
+        raise UserError(f"the environment's MASTER_ADDR is {host[:60]!r}, it takes the name or address of a machine")
     deadline = time.monotonic() + NAME_TIMEOUT
     while True:
         try:
@@ -65,7 +65,7 @@ def _check_name(host: str) -> None:
         except (OSError, UnicodeError) as error:
             if time.monotonic() > deadline:
                 reason = getattr(error, "strerror", None) or error
-                raise ValueError(f"the environment's MASTER_ADDR {host} names no machine ({reason})") from None
+                raise UserError(f"the environment's MASTER_ADDR {host} names no machine ({reason})") from None
         time.sleep(1.0)
 
 
@@ -73,7 +73,7 @@ def meet(store: dist.Store, here: Place, timeout: datetime.timedelta, *, device:
     """A part of the store for these processes alone, and how often the run was started before.
 
     Every process gives itself a name that no other had. Process 0 answers each name that it finds with its own, and is
-    content when all names that stand there now have taken note: only the living do so. Raises `ValueError` if two
+    content when all names that stand there now have taken note: only the living do so. Raises `UserError` if two
     processes have the same `device`, `Failure` if not all come within `timeout`.
     """
     name = f"{uuid.uuid4().hex}|{device}"
@@ -126,7 +126,7 @@ def _asked(done: Callable[[], bool], here: Place) -> bool:
 def _check_devices(names: list[str]) -> None:
     devices = [device for device in (name.partition("|")[2] for name in names) if device]
     if shared := {device for device in devices if devices.count(device) > 1}:
-        raise ValueError(
+        raise UserError(
             f"{len(devices)} processes share {len(set(devices))} GPUs ({min(shared)} is taken twice): start one a GPU, "
             "or let each see another one"
         )

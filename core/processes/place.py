@@ -4,6 +4,8 @@ import os
 import re
 from typing import NamedTuple
 
+from core.base.errors import UserError
+
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -19,7 +21,7 @@ class Place(NamedTuple):
 def place() -> Place | None:
     """This process's place in a run whose processes are started from outside; None if it was started by itself.
 
-    Raises `ValueError` naming the variable that is missing or makes no sense: half a place would train alone.
+    Raises `UserError` naming the variable that is missing or makes no sense: half a place would train alone.
     """
     given = {name: whole_number(name) for name in NUMBERS if os.environ.get(name)}
     if not under_agent():
@@ -28,7 +30,7 @@ def place() -> Place | None:
             return None
     if missing := [name for name in NUMBERS if name not in given]:
         there = ", ".join(given) or "TORCHELASTIC_RUN_ID"
-        raise ValueError(
+        raise UserError(
             f"the environment has {there} but not {', '.join(missing)}: a process of a run needs RANK, WORLD_SIZE and "
             f"LOCAL_RANK (torchrun sets them); to start a run by itself unset {there}"
         )
@@ -39,9 +41,9 @@ def place() -> Place | None:
         ("LOCAL_RANK", local_rank, "LOCAL_WORLD_SIZE", local_world or world),
     ):
         if number >= limit:
-            raise ValueError(f"the environment's {name} is {number}: it must be below {limit_name}, which is {limit}")
+            raise UserError(f"the environment's {name} is {number}: it must be below {limit_name}, which is {limit}")
     if local_world is not None and not 0 < local_world <= world:
-        raise ValueError(f"the environment's LOCAL_WORLD_SIZE is {local_world}, with WORLD_SIZE {world}")
+        raise UserError(f"the environment's LOCAL_WORLD_SIZE is {local_world}, with WORLD_SIZE {world}")
     return Place(rank, world, local_rank, local_world)
 
 
@@ -51,24 +53,24 @@ def under_agent() -> bool:
 
 
 def whole_number(name: str, *, least: int = 0, most: int = 10**6) -> int:
-    """A variable of the environment. Raises `ValueError` naming it."""
+    """A variable of the environment. Raises `UserError` naming it."""
     text = os.environ.get(name, "")
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        raise ValueError(f"the environment's {name} is {text[:40]!r}, it takes a whole number from {least} to {most}")
+        raise UserError(f"the environment's {name} is {text[:40]!r}, it takes a whole number from {least} to {most}")
     return int(text)
 
 
 def check_threads() -> None:
-    """Raise `ValueError` for an OMP_NUM_THREADS that OpenMP would leave out of account."""
+    """Raise `UserError` for an OMP_NUM_THREADS that OpenMP would leave out of account."""
     text = os.environ.get("OMP_NUM_THREADS", "")
     if text and not re.fullmatch(r" *0*[1-9][0-9]{0,5} *(, *0*[1-9][0-9]{0,5} *)*", text):
-        raise ValueError(f"the environment's OMP_NUM_THREADS is {text[:40]!r}, it takes a whole number from 1 up")
+        raise UserError(f"the environment's OMP_NUM_THREADS is {text[:40]!r}, it takes a whole number from 1 up")
 
 
 def device_index(local_rank: int, visible: int) -> int:
     """Which of the `visible` GPUs a process takes: its own number's, or the only one that was made visible to it."""
     if visible != 1 and local_rank >= visible:
-        raise ValueError(
+        raise UserError(
             f"process {local_rank} of this machine has no GPU: {visible} can be used here; start fewer processes, or "
             "let each see one GPU of its own"
         )

@@ -6,12 +6,14 @@ files of their own. Own code rather than a library's, since it must see what Ope
 
 from typing import NamedTuple
 
+from datasets.errors import DataError
+
 FORMATS = "JPEG, PNG, BMP, WebP or TIFF"
 # Of pixels in a PNG or TIFF when decompressed, which takes 4 s: 8192 x 8192 of three 16-bit channels, and filters.
 MOST_DECOMPRESSED = 3 * 2**27 + 2**17
 
 
-class ImageError(ValueError):
+class ImageError(DataError):
     """A file that is not a complete, readable image; the message is one line: path and reason."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.errors import DataError
 from datasets.images.files import EXTENSIONS, is_hidden
 
 IMAGE_ID = re.compile(r"[0-9a-f]{16}")
@@ -21,7 +22,7 @@ NO_TEXT = re.compile("[\\0\\ud800-\\udfff]")  # surrogates stand for bytes that 
 FORMS = "landmark_id,images (train_clean.csv), id,url,landmark_id (train.csv) or path,label"
 
 
-class SourceError(ValueError):
+class SourceError(DataError):
     """A source that list files cannot be made from; the message is one line: file, line number, mend."""
 
 

@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from datasets.errors import DataError
 from datasets.toy.buildings import Card, build
 from datasets.toy.camera import Photo, take
 from datasets.toy.groundtruth import ground_truth
@@ -145,7 +146,7 @@ def _known(folder: Path, parameters: dict[str, int]) -> dict[str, dict]:
     """Records of the pictures already there and whole. Empties a folder made with other parameters, or half made."""
     manifest, begun = folder / "toy.json", folder / "toy.unfinished"
     if folder.is_dir() and any(folder.iterdir()) and not manifest.exists() and not begun.exists():
-        raise ValueError(f"{folder} holds files that are not the toy set; name another folder, or empty this one")
+        raise DataError(f"{folder} holds files that are not the toy set; name another folder, or empty this one")
     try:
         found = json.loads(manifest.read_bytes())
         if found["version"] == VERSION and found["parameters"] == parameters:
@@ -183,7 +184,7 @@ def generate(
 
     `views`, `val_views`, `queries` and `database_views` are numbers of pictures a landmark. What a former run with the
     same parameters left is kept; a picture that is absent or has not its recorded size is made again. More than one
-    worker means spawned processes. Raises ValueError for a useless number, and for a folder that holds something else.
+    worker means spawned processes. Raises DataError for a useless number, and for a folder that holds something else.
     """
     parameters = {
         "seed": seed,
@@ -198,7 +199,7 @@ def generate(
     for name, value in parameters.items():
         least = 0 if name in ("seed", "distractors") else 1
         if value < least:
-            raise ValueError(f"toy set: {name} is {value}, must be at least {least}")
+            raise DataError(f"toy set: {name} is {value}, must be at least {least}")
     folder = Path(root) / "toy"
     records = _known(folder, parameters)
     missing = []

@@ -12,7 +12,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from core.arguments import load_cfg_from_args
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.base.files import sha256_file
 from core.base.progress import Counter
 from core.base.terminal import work_goes_on
@@ -64,7 +64,7 @@ def which_shard(cfg: CfgNode) -> tuple[int, int]:
     if here is None or here.world == 1:
         return cfg.INFER.CUT_NUM, cfg.INFER.TOTAL_NUM
     if cfg.INFER.TOTAL_NUM > 1:
-        raise ValueError(f"INFER.TOTAL_NUM {cfg.INFER.TOTAL_NUM}: under torchrun its processes are the shards; leave 1")
+        raise UserError(f"INFER.TOTAL_NUM {cfg.INFER.TOTAL_NUM}: under torchrun its processes are the shards; leave 1")
     return here.rank + 1, here.world
 
 
@@ -75,7 +75,7 @@ def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
         print(f"note: NUM_GPUS is {cfg.NUM_GPUS}, but no GPU can be used here: the CPU is", file=sys.stderr)
     if cfg.INFER.GPU_JPEG:
         if not gpu:
-            raise ValueError("INFER.GPU_JPEG: there is no GPU to decode on here; leave it False")
+            raise UserError("INFER.GPU_JPEG: there is no GPU to decode on here; leave it False")
         nvjpeg()  # or torchvision lacks it
     if cfg.INFER.PRECISION == "fp16" and not gpu:
         print("note: INFER.PRECISION fp16 takes many times longer on a CPU; bf16 is made for it", file=sys.stderr)
@@ -129,7 +129,7 @@ def image_lists(cfg: CfgNode) -> dict[str, dict[str, ImageList]]:
             print(f"note: {note}", file=sys.stderr)
         return {place.resolve().stem if place.is_file() else place.resolve().name or "root": {"images": images}}
     if not cfg.INFER.DATASETS:
-        raise ValueError("nothing to extract: name sets in INFER.DATASETS, or images in INFER.IMAGES")
+        raise UserError("nothing to extract: name sets in INFER.DATASETS, or images in INFER.IMAGES")
     return {
         name: {"distractors": distractors(cfg.INFER.DATA_DIR, name)}
         if name == DISTRACTORS

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from core.base.errors import UserError
 from datasets.batch_memory import WorkerMemory
 from datasets.images.decode import ImageError, ImageFile
 from datasets.transforms import scaled_size
@@ -28,12 +29,12 @@ class Limits:
     max_level_pixels: int
 
     def check(self, width: int, height: int) -> None:
-        """Raise `ValueError` for a picture that is not described."""
+        """Raise `UserError` for a picture that is not described."""
         short, long = sorted((width, height))
         if short < self.min_side:
-            raise ValueError(f"{width} x {height} pixels, its shorter side is below INFER.MIN_SIDE {self.min_side}")
+            raise UserError(f"{width} x {height} pixels, its shorter side is below INFER.MIN_SIDE {self.min_side}")
         if long > self.max_aspect * short:
-            raise ValueError(f"{width} x {height} pixels, longer than INFER.MAX_ASPECT {self.max_aspect:g} to 1")
+            raise UserError(f"{width} x {height} pixels, longer than INFER.MAX_ASPECT {self.max_aspect:g} to 1")
         for scale in self.scales:
             scaled_size(width, height, scale)
 

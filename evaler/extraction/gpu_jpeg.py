@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from core.base.errors import UserError
 from datasets.images.decode import TURNS
 
 GpuDecoder = Callable[[Tensor], Tensor]  # uint8 [bytes] in CPU memory -> uint8 [3, H, W] RGB
@@ -18,12 +19,12 @@ _MIRRORED = {None: (), 1: (1,), 0: (0,), -1: (0, 1)}  # the dimensions that cv2.
 
 
 def nvjpeg() -> GpuDecoder:
-    """A decoder onto the current GPU. Raises `ValueError` where torchvision is missing or does not fit PyTorch."""
+    """A decoder onto the current GPU. Raises `UserError` where torchvision is missing or does not fit PyTorch."""
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except (ImportError, RuntimeError) as error:  # the latter by operators that are not there
         reason = " ".join(str(error).split())
-        raise ValueError(f"INFER.GPU_JPEG needs torchvision ({reason}); install it, or leave the key False") from None
+        raise UserError(f"INFER.GPU_JPEG needs torchvision ({reason}); install it, or leave the key False") from None
     return lambda data: decode_jpeg(data, mode=ImageReadMode.RGB, device="cuda")
 
 

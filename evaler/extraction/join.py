@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from core.arguments import load_cfg_from_args
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.base.locks import folder_lock
 from core.processes.progress import progress
 from evaler.extraction.chunks import Plan, name_lines, plans, present, read_chunk, read_header, read_plan
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     root = Path(cfg.OUT_DIR) / "features"
     folders = [folder for parent in sorted(root.glob("*")) if parent.is_dir() for folder in plans(parent)]
     if not folders and not any(root.glob("*/*.json")):
-        raise ValueError(f"{root}: nothing to join and nothing joined; extract with evaler/infer.py first")
+        raise UserError(f"{root}: nothing to join and nothing joined; extract with evaler/infer.py first")
     found = [(folder, read_plan(folder)) for folder in folders]
     keys = [(folder.parent, plan.collection) for folder, plan in found]
     doubled = next((key for key in keys if keys.count(key) > 1), None)

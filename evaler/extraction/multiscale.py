@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.base.errors import UserError
 from datasets.transforms import MEAN_BGR, SD_BGR, normalise_into, preprocess, resize_bilinear, scaled_size
 from evaler.extraction.fitting import MAX_LEVEL_PIXELS, fits, reduce_to_fit
 
@@ -15,7 +16,7 @@ from evaler.extraction.fitting import MAX_LEVEL_PIXELS, fits, reduce_to_fit
 def describe(network: nn.Module, image: np.ndarray, *, scales: Sequence[float]) -> Tensor:
     """uint8 [H, W, 3] BGR -> descriptor [D] of length 1, on the network's device.
 
-    The image is described at every scale; the descriptors are normalised, averaged, normalised. Raises `ValueError` if
+    The image is described at every scale; the descriptors are normalised, averaged, normalised. Raises `UserError` if
     a side vanishes at a scale. This is the plain way, in the network's precision; `describe_batch` is the fast one.
     """
     like = next(network.parameters())
@@ -38,7 +39,7 @@ def describe_batch(
 
     Images of one size, so that none is padded; larger ones than `max_pixels` allows are made smaller, see
     `reduce_to_fit`. On the CPU each level is, bit for bit, that of `describe`; on a GPU the images are copied once and
-    all levels are made there, which moves a descriptor by 6e-8 (1 - cosine). Raises `ValueError` as `describe` does.
+    all levels are made there, which moves a descriptor by 6e-8 (1 - cosine). Raises `UserError` as `describe` does.
     """
     images = torch.as_tensor(images)
     assert images.dtype == torch.uint8 and images.dim() == 4 and len(images), (images.dtype, images.shape)
@@ -56,11 +57,11 @@ def describe_batch(
 
 
 def check_lengths(vectors: np.ndarray, names: Sequence[str]) -> None:
-    """Raise `ValueError` for descriptors [N, D] that are not of length 1: of weights or images that give nothing."""
+    """Raise `UserError` for descriptors [N, D] that are not of length 1: of weights or images that give nothing."""
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
     for name, length in zip(names, lengths, strict=True):
         if not abs(length - 1) < 1e-3:  # NaN too
-            raise ValueError(f"{name}: its descriptor has length {length:.4g}, not 1; a precision of fp32 may mend it")
+            raise UserError(f"{name}: its descriptor has length {length:.4g}, not 1; a precision of fp32 may mend it")
 
 
 def pyramid(images: np.ndarray, scales: Sequence[float]) -> Iterator[Tensor]:

@@ -14,10 +14,11 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from core.base.errors import ROOT, entry_point
+from core.base.errors import UserError, entry_point
 from core.base.locks import folder_lock
 from core.base.progress import PROGRESS_PIPE, bar
 from core.base.terminal import work_goes_on
+from core.base.version import ROOT
 from core.config import load_cfg
 
 USAGE = "usage: [SHARDS=N] sh scripts/run_extractor.sh CFG [KEY VALUE ...]"
@@ -31,10 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     work_goes_on()
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError(USAGE)
+        raise UserError(USAGE)
     path, *overrides = arguments
     if {"INFER.TOTAL_NUM", "INFER.CUT_NUM"} & set(overrides):
-        raise ValueError("run_extractor.sh sets INFER.TOTAL_NUM and INFER.CUT_NUM itself; use SHARDS=N")
+        raise UserError("run_extractor.sh sets INFER.TOTAL_NUM and INFER.CUT_NUM itself; use SHARDS=N")
     cfg = load_cfg(path, overrides)
     if cfg.INFER.IMAGES:  # a mistake in it is told once, and archives are indexed once, not by every shard
         from evaler.sources.images import named_images  # not for all: it takes seconds to import
@@ -83,7 +84,7 @@ def shard_count(gpus: int, threads: int) -> int:
     wanted = os.environ.get("SHARDS", "")
     if wanted:
         if not re.fullmatch("[1-9][0-9]*", wanted):
-            raise ValueError(f"SHARDS is {wanted}; it takes a whole number from 1 up")
+            raise UserError(f"SHARDS is {wanted}; it takes a whole number from 1 up")
         return int(wanted)
     return gpus or max(1, len(os.sched_getaffinity(0)) // threads)
 

@@ -29,6 +29,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from core.base.errors import UserError
 from core.base.files import atomic_write, sha256_file
 from core.base.json_files import parse, read_bytes, write_json
 from datasets.normalisation import note_on_name
@@ -52,7 +53,7 @@ _MANIFEST_TYPES = {
 }
 
 
-class FeaturesError(ValueError):
+class FeaturesError(UserError):
     """Descriptors that cannot be used; the message is one line."""
 
 

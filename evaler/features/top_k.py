@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from core.base.errors import UserError
 from core.base.progress import bar
 from revisitop.scores import ROWS_A_CHUNK, Rows, by_chunks, cores, exact_scores, first_bad, near_scores
 
@@ -27,15 +28,15 @@ def top_k(
     exclude: of each query an image (its own, -1 for none) that is not to be found; K is then at most N - 1.
     From the highest score to the lowest, equal ones by the smaller index. They are compared as float64
     (`revisitop.scores`), so that neither chunks nor threads change the result.
-    Raises ValueError where shapes do not fit or a descriptor is not finite.
+    Raises UserError where shapes do not fit or a descriptor is not finite.
     """
     queries = np.asarray(queries)
     if queries.ndim != 2 or len(database.shape) != 2 or queries.shape[1] != database.shape[1]:
-        raise ValueError(f"queries {queries.shape} and database {database.shape} are not [Q, D] and [N, D]")
+        raise UserError(f"queries {queries.shape} and database {database.shape} are not [Q, D] and [N, D]")
     if k < 1:
-        raise ValueError(f"the number of images to find is {k}, it must be at least 1")
+        raise UserError(f"the number of images to find is {k}, it must be at least 1")
     if not np.isfinite(queries).all():
-        raise ValueError(f"the descriptor of query {first_bad(queries)} is not finite")
+        raise UserError(f"the descriptor of query {first_bad(queries)} is not finite")
     count = database.shape[0]
     own = np.full(len(queries), -1) if exclude is None else np.array([int(image) for image in exclude], np.int64)
     k = max(0, min(k, count - bool((own >= 0).any())))

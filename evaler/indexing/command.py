@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.arguments import parse
 from core.base.arguments import Parser
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.config import load_cfg
 from evaler.features.places import find_collection
 from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, differing_keys
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     args, settings = parse(parser, argv)
     cfg = load_cfg(args.cfg, settings)
     if not (cfg.SEARCH.INDEX or cfg.SEARCH.URI or args.add):
-        raise ValueError("SEARCH.INDEX is empty, which is exact search and needs no index; name a factory string")
+        raise UserError("SEARCH.INDEX is empty, which is exact search and needs no index; name a factory string")
     folder, collection = find_collection(args.index)
     if args.add is not None:
         count = add(folder, collection, args.add)

@@ -15,6 +15,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from yacs.config import CfgNode
 
+from core.base.errors import UserError
 from core.base.files import atomic_write, sha256_file
 from core.base.json_files import write_json
 from core.base.progress import bar
@@ -32,7 +33,7 @@ PROBED, PROBED_TOP = 200, 10  # images that the recall is measured with, and at 
 def build(cfg: CfgNode, folder: Path, collection: str) -> float:
     """Write the index of SEARCH.INDEX; return the part of the exact nearest images that it finds (recall at 10).
 
-    Raises `ValueError` for a string that faiss refuses, before anything is built. The index can be used as soon as it
+    Raises `UserError` for a string that faiss refuses, before anything is built. The index can be used as soon as it
     is written, which is before its recall is measured.
     """
     faiss = search_library()
@@ -52,7 +53,7 @@ def build(cfg: CfgNode, folder: Path, collection: str) -> float:
                 shown.update(len(rows))
         index = faiss.index_gpu_to_cpu(work) if _gpus(cfg) else index
     except RuntimeError as error:
-        raise ValueError(f"SEARCH.INDEX {cfg.SEARCH.INDEX}: faiss refuses it: {_last_line(error)}") from None
+        raise UserError(f"SEARCH.INDEX {cfg.SEARCH.INDEX}: faiss refuses it: {_last_line(error)}") from None
     _set_parameters(index, cfg.SEARCH.PARAMETERS)
     path, told = paths(folder, collection)
     with atomic_write(path) as file:
@@ -72,7 +73,7 @@ def build(cfg: CfgNode, folder: Path, collection: str) -> float:
 
 
 def _try_out(cfg: CfgNode, vectors: np.ndarray) -> None:
-    """Build a small index and search it. Raises `ValueError` for what would fail after a whole build."""
+    """Build a small index and search it. Raises `UserError` for what would fail after a whole build."""
     factory = cfg.SEARCH.INDEX
     try:
         _set_parameters(_of_factory(factory, vectors.shape[1]), cfg.SEARCH.PARAMETERS)
@@ -89,9 +90,9 @@ def _try_out(cfg: CfgNode, vectors: np.ndarray) -> None:
     except RuntimeError as error:
         if "training points" in str(error) and len(vectors) > TRIED_ON:
             return  # more than are tried: the build begins with the training
-        raise ValueError(f"SEARCH.INDEX {factory}: faiss refuses it: {_last_line(error)}") from None
+        raise UserError(f"SEARCH.INDEX {factory}: faiss refuses it: {_last_line(error)}") from None
     if (found < 0).all():
-        raise ValueError(f"SEARCH.PARAMETERS {cfg.SEARCH.PARAMETERS}: an index of {factory} finds nothing with them")
+        raise UserError(f"SEARCH.PARAMETERS {cfg.SEARCH.PARAMETERS}: an index of {factory} finds nothing with them")
 
 
 def _of_factory(factory: str, dim: int):
@@ -148,7 +149,7 @@ def read(cfg: CfgNode, folder: Path, collection: str):
     try:
         return faiss.index_cpu_to_all_gpus(index) if _gpus(cfg) else index
     except RuntimeError as error:  # a kind or a number of cells that GPUs do not search, or too little memory
-        raise ValueError(f"{path}: faiss cannot search it on a GPU: {_last_line(error)}; set NUM_GPUS 0") from None
+        raise UserError(f"{path}: faiss cannot search it on a GPU: {_last_line(error)}; set NUM_GPUS 0") from None
 
 
 def _check_rows(index, vectors: np.ndarray, path: Path, mend: str) -> None:
@@ -188,12 +189,12 @@ def _check(index, path: Path, manifest: dict, mend: str) -> None:
 def search(index, queries: np.ndarray, k: int, *, source: str = "SEARCH.INDEX") -> tuple[np.ndarray, np.ndarray]:
     """As `top_k`, by an index; -1 stands where it finds fewer than k.
 
-    Raises `FeaturesError` as `check_found`, `ValueError` for what faiss refuses: more than 2048 images on a GPU.
+    Raises `FeaturesError` as `check_found`, `UserError` for what faiss refuses: more than 2048 images on a GPU.
     """
     try:
         scores, rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, index.ntotal))
     except RuntimeError as error:
-        raise ValueError(f"{source}: faiss refuses it: {_last_line(error)}") from None
+        raise UserError(f"{source}: faiss refuses it: {_last_line(error)}") from None
     check_found(scores, rows, index.ntotal, source=source)
     return scores, rows
 
@@ -211,11 +212,11 @@ def measure_recall(index, vectors: np.ndarray) -> float:
 
 
 def search_library():
-    """Raises `ValueError` where faiss is not installed."""
+    """Raises `UserError` where faiss is not installed."""
     try:
         import faiss  # not at the top: few commands need it, and it brings threads of its own
     except ImportError as error:
-        raise ValueError(f"SEARCH.INDEX needs faiss ({error}); install faiss-gpu or faiss-cpu") from None
+        raise UserError(f"SEARCH.INDEX needs faiss ({error}); install faiss-gpu or faiss-cpu") from None
     return faiss
 
 
@@ -234,7 +235,7 @@ def _set_parameters(index, parameters: str) -> None:
         try:
             search_library().ParameterSpace().set_index_parameters(index, parameters)
         except RuntimeError as error:
-            raise ValueError(f"SEARCH.PARAMETERS {parameters}: faiss refuses it: {_last_line(error)}") from None
+            raise UserError(f"SEARCH.PARAMETERS {parameters}: faiss refuses it: {_last_line(error)}") from None
 
 
 def _last_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from core.base.errors import UserError
 from core.base.progress import bar
 from evaler.features.store import FeaturesError, load, read_manifest
 from evaler.indexing.checked_results import check_found, check_scores
@@ -26,7 +27,7 @@ ASKED = 256  # queries a request: Milvus takes 16384 at most
 ANSWERED = 1 << 18  # images found a request, whose answer would take gigabytes else
 
 
-class MilvusError(ValueError):
+class MilvusError(UserError):
     """A database that cannot be used; the message is one line."""
 
 

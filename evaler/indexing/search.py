@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from core.arguments import parse
 from core.base.arguments import Parser
-from core.base.errors import USER_ERROR_EXIT_CODE, entry_point
+from core.base.errors import USER_ERROR_EXIT_CODE, UserError, entry_point
 from core.base.files import sha256_file
 from core.base.json_files import write_json
 from core.base.terminal import one_line
@@ -62,7 +62,7 @@ def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> t
 
 
 def photographs(places: Sequence[Path]) -> list[Path]:
-    """The files named, and of a folder the images in it and below. Raises `ValueError` for a folder without any."""
+    """The files named, and of a folder the images in it and below. Raises `UserError` for a folder without any."""
     found = []
     for place in places:
         if not place.is_dir():
@@ -70,7 +70,7 @@ def photographs(places: Sequence[Path]) -> list[Path]:
             continue
         images = search(place).images
         if not images:
-            raise ValueError(f"{place}: no photographs in this folder to search by")
+            raise UserError(f"{place}: no photographs in this folder to search by")
         found += [place / name for name in images]
     return found
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from yacs.config import CfgNode
 
+from core.base.errors import UserError
 from core.base.files import sha256_file
 from core.builders import build_descriptor, load_tested_weights
 from core.config import load_cfg
@@ -17,7 +18,7 @@ from evaler.sources.image_list import ImageList, read_cropped
 from model.dolg import DOLG
 
 
-class AttentionError(ValueError):
+class AttentionError(UserError):
     """Why there are no attention maps; the message is one line."""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
+from core.base.errors import UserError
 from evaler.extraction.command import image_lists
 from evaler.features.store import FeaturesError, check_length, load
 from evaler.pages.pictures import Gallery, Shown, pictures
@@ -42,7 +43,7 @@ class Run:
 def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -> dict:
     """The page of a Revisited set, with the distractors behind it if INFER.DATASETS names them.
 
-    Raises as `evaler.scoring.revisited.load_set`, and ValueError for runs that cannot be compared.
+    Raises as `evaler.scoring.revisited.load_set`, and UserError for runs that cannot be compared.
     """
     gnd_path = truth_path(cfg.INFER.DATA_DIR, name)
     truth = groundtruth.load(gnd_path)
@@ -55,7 +56,7 @@ def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -
         aps = {setting: scores[-1][setting]["aps"] for setting in SETTINGS}
         lists.append(revisited_lists(loaded, truth, aps, top=shown.top))
     if behind[0] is not None and any(other.names != behind[0].names for other in behind[1:]):
-        raise ValueError("the runs have other distractors, or the same in another order: extract them from one list")
+        raise UserError("the runs have other distractors, or the same in another order: extract them from one list")
     cards = [score["card"] for score in scores]
     images = revisited_set(cfg.INFER.DATA_DIR, name, crop_query=cards[0]["queries_cropped"] is not False)
     parts = [(images["database"], truth.imlist)]
@@ -90,7 +91,7 @@ def own_page(cfg: CfgNode, runs: Sequence[Run], shown: Shown, *, labels: str) ->
     """The page of INFER.IMAGES: some images as queries against all others.
 
     labels: a CSV file with path and label, `folders`, or empty. Raises `FeaturesError` for descriptors that cannot be
-    used and for runs of other images, ValueError for an image without label.
+    used and for runs of other images, UserError for an image without label.
     """
     ((name, collections),) = image_lists(cfg).items()
     found = [load(run.out_dir / "features" / name, "images") for run in runs]

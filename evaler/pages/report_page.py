@@ -11,7 +11,7 @@ from pathlib import Path
 
 from core.arguments import parse
 from core.base.arguments import Parser
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.base.files import atomic_write
 from core.config import load_cfg
 from evaler.pages.content import FOLDERS, Run, own_page, revisited_page
@@ -79,15 +79,15 @@ def main(argv: list[str] | None = None) -> None:
     own = bool(cfg.INFER.IMAGES)
     names = [] if own else [name for name in cfg.INFER.DATASETS if name != DISTRACTORS]
     if args.labels and not own:
-        raise ValueError("--labels is for INFER.IMAGES; the sets of INFER.DATASETS have their own")
+        raise UserError("--labels is for INFER.IMAGES; the sets of INFER.DATASETS have their own")
     if own and post:
-        raise ValueError("SCORE's post-processing is not applied to INFER.IMAGES; leave it out")
+        raise UserError("SCORE's post-processing is not applied to INFER.IMAGES; leave it out")
     if args.unprocessed and (args.against or not post):
-        raise ValueError("--unprocessed shows one run without and with the steps that SCORE names: name some, one run")
+        raise UserError("--unprocessed shows one run without and with the steps that SCORE names: name some, one run")
     if not own and not names:
-        raise ValueError("nothing to show: name sets in INFER.DATASETS, or images in INFER.IMAGES")
+        raise UserError("nothing to show: name sets in INFER.DATASETS, or images in INFER.IMAGES")
     if args.out and len(names) > 1:
-        raise ValueError(f"--out names one page, INFER.DATASETS {len(names)} sets; name one of them")
+        raise UserError(f"--out names one page, INFER.DATASETS {len(names)} sets; name one of them")
     first = Run(str(cfg.OUT_DIR), Path(cfg.OUT_DIR), post)
     runs = [first]
     if args.unprocessed:

@@ -36,7 +36,7 @@ class PostProcessing:
 
     @classmethod
     def of(cls, cfg: CfgNode) -> "PostProcessing":
-        """Raises `ValueError` for a whitening that cannot be read."""
+        """Raises `UserError` for a whitening that cannot be read."""
         learned = whitening.read(Path(cfg.SCORE.WHITENING)) if cfg.SCORE.WHITENING else None
         score = cfg.SCORE
         return cls(

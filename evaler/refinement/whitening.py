@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from core.base.arguments import Parser
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.base.files import atomic_write
 from core.base.json_files import parse, read_bytes
 from evaler.features.places import find_collection
@@ -51,7 +51,7 @@ class Whitening:
 def learn(vectors: np.ndarray, *, dim: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Mean [D] and projection [D, dim] (0: all) of descriptors [N, D], read in chunks.
 
-    Raises ValueError if the descriptors do not vary in so many directions.
+    Raises UserError if the descriptors do not vary in so many directions.
     """
     count, full = vectors.shape
     sum_, products = np.zeros(full), np.zeros((full, full))
@@ -66,7 +66,7 @@ def learn(vectors: np.ndarray, *, dim: int = 0) -> tuple[np.ndarray, np.ndarray]
     wanted = dim or full
     most = max(min(enough, count - 1), 0)
     if wanted > most:
-        raise ValueError(
+        raise UserError(
             f"{count} descriptors vary in {most} directions, not {wanted}: use more images or a smaller --dim"
         )
     return mean, directions[:, :wanted] / np.sqrt(values[:wanted])
@@ -79,31 +79,31 @@ def write(path: Path, whitening: Whitening) -> None:
 
 
 def read(path: Path) -> Whitening:
-    """Raises `ValueError` naming a file that is missing, damaged or no whitening; nothing in it is executed."""
+    """Raises `UserError` naming a file that is missing, damaged or no whitening; nothing in it is executed."""
     try:
         return _parsed(read_bytes(path, MOST_BYTES))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such whitening; evaler/whiten.py learns one") from None
+        raise UserError(f"{path}: no such whitening; evaler/whiten.py learns one") from None
     except (OSError, KeyError, IndexError, EOFError, AttributeError, MemoryError, *NPY_ERRORS, *_ZIP_ERRORS):
-        raise ValueError(f"{path}: not a whitening of evaler/whiten.py, or damaged; learn it again") from None
+        raise UserError(f"{path}: not a whitening of evaler/whiten.py, or damaged; learn it again") from None
 
 
 def _parsed(data: bytes) -> Whitening:
-    """Of the content of a file. Raises what NumPy and zipfile do, and `ValueError` for values of other kinds."""
+    """Of the content of a file. Raises what NumPy and zipfile do, and `UserError` for values of other kinds."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         if archive.testzip() is not None:  # NumPy does not look at the checksums
-            raise ValueError("damaged")
+            raise UserError("damaged")
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         mean, projection, told = (file[key] for key in _ARRAYS)
     learned_on = parse(told.tobytes())
     if not (mean.dtype == projection.dtype == np.float64 and mean.ndim == 1 and projection.ndim == 2):
-        raise ValueError("arrays of another kind")
+        raise UserError("arrays of another kind")
     if not projection.shape[0] == len(mean) >= projection.shape[1] > 0:
-        raise ValueError("arrays of shapes that do not fit")
+        raise UserError("arrays of shapes that do not fit")
     if not (np.isfinite(mean).all() and np.isfinite(projection).all()):
-        raise ValueError("not finite")
+        raise UserError("not finite")
     if type(learned_on) is not dict or type(learned_on.get("provenance", {})) is not dict:
-        raise ValueError("does not tell what it was learned on")
+        raise UserError("does not tell what it was learned on")
     return Whitening(mean, projection, learned_on)
 
 

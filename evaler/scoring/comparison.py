@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from core.base.arguments import Parser
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.base.json_files import write_json
 from evaler.scoring.revisited import SETTING_NAMES
 
@@ -36,14 +36,14 @@ class Difference:
 
 
 def compare_aps(a: np.ndarray, b: np.ndarray, *, samples: int = SAMPLES, seed: int = 0) -> Difference:
-    """AP in percent of the same queries, [Q] each. Raises ValueError without a query.
+    """AP in percent of the same queries, [Q] each. Raises UserError without a query.
 
     The interval is the percentile bootstrap over queries, drawn in pairs (Efron and Tibshirani, An Introduction to the
     Bootstrap, 1993, chapter 13; for retrieval Sakai, SIGIR 2006). It tells how much depends on which queries the set
     happens to have, and nothing of what another training run would give.
     """
     if not len(a):
-        raise ValueError("there is no query to compare")
+        raise UserError("there is no query to compare")
     change = b - a
     drawn = np.random.default_rng(seed).integers(0, len(change), (samples, len(change)))
     edge = (100 - CONFIDENCE) / 2
@@ -53,15 +53,15 @@ def compare_aps(a: np.ndarray, b: np.ndarray, *, samples: int = SAMPLES, seed: i
 
 
 def read_score(path: Path) -> dict:
-    """A score that evaler/evaluate.py has written. Raises ValueError naming the file."""
+    """A score that evaler/evaluate.py has written. Raises UserError naming the file."""
     try:
         score = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; evaler/evaluate.py writes OUT_DIR/scores/<set>.json") from None
+        raise UserError(f"{path}: no such file; evaler/evaluate.py writes OUT_DIR/scores/<set>.json") from None
     except (OSError, ValueError, RecursionError):
-        raise ValueError(f"{path}: not the JSON of a score") from None
+        raise UserError(f"{path}: not the JSON of a score") from None
     if not _is_score(score):
-        raise ValueError(f"{path}: not a score of evaler/evaluate.py, or one of an older version; score again")
+        raise UserError(f"{path}: not a score of evaler/evaluate.py, or one of an older version; score again")
     return score
 
 
@@ -84,15 +84,15 @@ def compare(a: dict, b: dict) -> dict:
     """Two scores -> setting -> `difference` and `queries` (name, AP in A, AP in B, most changed first), and `card`:
     what differs on the two cards, key -> [A's, B's].
 
-    Raises ValueError for scores of other sets, labels or numbers of distractors.
+    Raises UserError for scores of other sets, labels or numbers of distractors.
     """
     for key in SAME:
         if a["card"][key] != b["card"][key]:
-            raise ValueError(
+            raise UserError(
                 f"the scores cannot be compared: {key} is {a['card'][key]} in one, {b['card'][key]} in the other"
             )
     if a["query_names"] != b["query_names"]:
-        raise ValueError("the scores cannot be compared: their queries are others")
+        raise UserError("the scores cannot be compared: their queries are others")
     keys = sorted((a["card"].keys() | b["card"].keys()) - set(TELLS_NOTHING))
     cards = [(key, a["card"].get(key), b["card"].get(key)) for key in keys]
     result: dict = {"card": {key: [one, other] for key, one, other in cards if one != other}}

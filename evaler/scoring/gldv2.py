@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from core.base.arguments import Parser
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.base.json_files import write_json
 from datasets.lists.sources import SourceError, csv_rows, landmark_name, read_csv
 from evaler.features.places import find_collection
@@ -31,39 +31,39 @@ Solution = dict[str, dict[str, frozenset[str]]]
 def read_solution(path: Path, column: str) -> Solution:
     """Usage -> query -> what is right for it: ids of index images (`images`), or landmarks (`landmarks`).
 
-    Raises `ValueError` naming the line for a query that is there twice, another Usage, or, of images, none.
+    Raises `UserError` naming the line for a query that is there twice, another Usage, or, of images, none.
     """
     solution: Solution = {usage: {} for usage in USAGES}
     seen: set[str] = set()
     with contextlib.closing(csv_rows(path)) as rows:
         _, header = next(rows, (1, []))
         if any(header.count(name) != 1 for name in ("id", column, "Usage")):
-            raise ValueError(f"{path}, line 1: the columns are {','.join(header)[:100]!a}; expected id,{column},Usage")
+            raise UserError(f"{path}, line 1: the columns are {','.join(header)[:100]!a}; expected id,{column},Usage")
         for line, row in rows:
             if len(row) != len(header):
-                raise ValueError(f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}")
+                raise UserError(f"{path}, line {line}: {len(row)} fields, but the header has {len(header)}")
             fields = dict(zip(header, row, strict=True))
             query, usage, right = fields["id"], fields["Usage"], fields[column].split()
             if not query or query in seen:
-                raise ValueError(f"{path}, line {line}: the query {query!a} is empty or there twice")
+                raise UserError(f"{path}, line {line}: the query {query!a} is empty or there twice")
             seen.add(query)
             if usage == "Ignored":
                 continue
             if usage not in USAGES:
-                raise ValueError(f"{path}, line {line}: Usage {usage!a} is not Public, Private or Ignored")
+                raise UserError(f"{path}, line {line}: Usage {usage!a} is not Public, Private or Ignored")
             if column == "images" and not right:
-                raise ValueError(f"{path}, line {line}: {query!a} has no images, and is not Ignored")
+                raise UserError(f"{path}, line {line}: {query!a} has no images, and is not Ignored")
             try:
                 solution[usage][query] = frozenset(right if column == "images" else map(landmark_name, right))
             except SourceError as error:
-                raise ValueError(f"{path}, line {line}: {error}") from None
+                raise UserError(f"{path}, line {line}: {error}") from None
     if not any(solution.values()):
-        raise ValueError(f"{path}: no query that counts")
+        raise UserError(f"{path}: no query that counts")
     return solution
 
 
 def read_train_labels(path: Path) -> dict[str, str]:
-    """Image id -> landmark, from train_clean.csv or train.csv. Raises `ValueError` naming file and line."""
+    """Image id -> landmark, from train_clean.csv or train.csv. Raises `UserError` naming file and line."""
     listing = read_csv(path)
     return {image_id(name): listing.class_names[k] for name, k in zip(listing.paths, listing.classes, strict=True)}
 
@@ -95,15 +95,15 @@ def recognition(
     largest sum of similarities, which is its confidence; of equal ones for that of the nearest image. One that was
     rejected has no prediction.
 
-    Raises `FeaturesError` for a query that is neither described nor rejected, `ValueError` for a training image without
+    Raises `FeaturesError` for a query that is neither described nor rejected, `UserError` for a training image without
     label.
     """
     ids = list(_rows(train))
     if not ids:
-        raise ValueError("there are no training images to vote")
+        raise UserError("there are no training images to vote")
     missing = [name for name in ids if name not in labels]
     if missing:
-        raise ValueError(f"no landmark of {some(missing)}, of {len(ids)} training images")
+        raise UserError(f"no landmark of {some(missing)}, of {len(ids)} training images")
     scores = {}
     for usage, landmarks in solution.items():
         if any(landmarks.values()):

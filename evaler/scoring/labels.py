@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from core.base.arguments import Parser
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.base.json_files import write_json
 from datasets.lists.sources import read_csv
 from datasets.normalisation import note_on_name
@@ -27,17 +27,17 @@ SAME_DESCRIPTOR = 1e-5
 
 
 def labels_of_folders(names: Sequence[str]) -> dict[str, str]:
-    """Name -> its folder. Raises `ValueError` for an image that lies in none."""
+    """Name -> its folder. Raises `UserError` for an image that lies in none."""
     alone = [name for name in names if "/" not in name]
     if alone:
-        raise ValueError(f"{some(alone)} lies in no folder that could be its label; name a CSV file with --labels")
+        raise UserError(f"{some(alone)} lies in no folder that could be its label; name a CSV file with --labels")
     return {name: name.rpartition("/")[0] for name in names}
 
 
 def read_labels(path: Path) -> dict[str, str]:
     """Name -> label, from a CSV with the columns `path` and `label`, or a list file of training (`path label` lines).
 
-    Raises `ValueError` naming file and line.
+    Raises `UserError` naming file and line.
     """
     if path.is_file() and is_training_list(path):
         names, _, numbers = read_training_list(path)
@@ -60,7 +60,7 @@ def score_labelled(
     Returns in percent, means over the queries: `recall@k` for each k, `mAP` (mean of the precision at each positive),
     `mAP@R`; and `queries`, `alone` (those not counted), `own` (queries apart that are images too), `images`, `labels`.
     Equal scores rank by the smaller index.
-    Raises `ValueError` for an image without label, and if there is nothing to find for any.
+    Raises `UserError` for an image without label, and if there is nothing to find for any.
     """
     queries, query_labels = asked or (features, labels)
     _check_labels(features, labels)
@@ -72,7 +72,7 @@ def score_labelled(
     right = [members.get(query_labels[name], []) for name in queries.names]
     counted = [i for i, images in enumerate(right) if set(images) - set(own.get(i, ()))]
     if not counted:
-        raise ValueError(
+        raise UserError(
             "no query has a label that another image has: there is nothing to look for"
             if asked
             else "no label has two images: there is nothing to look for"
@@ -138,7 +138,7 @@ def _check_labels(features: Features, labels: Mapping[str, str]) -> None:
     missing = [name for name in features.names if name not in labels]
     if missing:
         note = note_on_name(missing[0], labels)
-        raise ValueError(f"no label of {some(missing)}, of {len(features.names)} images{note}")
+        raise UserError(f"no label of {some(missing)}, of {len(features.names)} images{note}")
 
 
 def _load(place: Path, csv: Path | None) -> tuple[Features, dict[str, str]]:

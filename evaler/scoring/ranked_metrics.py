@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.base.errors import UserError
+
 
 class Prediction(NamedTuple):
     """What a query is taken for. confidence: any number, larger is surer."""
@@ -17,10 +19,10 @@ def average_precision_at(found: Sequence[str], relevant: Collection[str], k: int
     """AP@k of Google Landmarks v2 retrieval: precision at each relevant image among the first k, summed, over
     min(number of relevant images, k). An image found twice counts once, and its second place is lost.
 
-    Weyand et al., Google Landmarks Dataset v2, CVPR 2020. Raises ValueError if nothing is relevant.
+    Weyand et al., Google Landmarks Dataset v2, CVPR 2020. Raises UserError if nothing is relevant.
     """
     if not relevant:
-        raise ValueError("a query without relevant images has no average precision")
+        raise UserError("a query without relevant images has no average precision")
     hits, total, seen = 0, 0.0, set()
     for place, name in enumerate(found[:k], start=1):
         if name in relevant and name not in seen:
@@ -35,11 +37,11 @@ def mean_average_precision_at(
 ) -> float:
     """Mean of `average_precision_at` over all queries of `relevant`; one for which nothing was found has 0.
 
-    Raises ValueError for a query that `relevant` does not know.
+    Raises UserError for a query that `relevant` does not know.
     """
     unknown = found.keys() - relevant.keys()
     if unknown:
-        raise ValueError(f"{len(unknown)} queries are not in the solution, {min(unknown)} for one")
+        raise UserError(f"{len(unknown)} queries are not in the solution, {min(unknown)} for one")
     return float(np.mean([average_precision_at(found.get(query, ()), names, k) for query, names in relevant.items()]))
 
 
@@ -48,18 +50,18 @@ def global_average_precision(predictions: Mapping[str, Prediction], landmarks: M
 
     sum of precision at each right prediction, over the number of queries with a landmark. Queries without one
     (`landmarks[query]` is empty) are never right, so that a confident prediction for them costs precision.
-    Weyand et al., CVPR 2020. Raises ValueError for a query that `landmarks` does not know, for a
+    Weyand et al., CVPR 2020. Raises UserError for a query that `landmarks` does not know, for a
     confidence that is not finite, and if no query has a landmark.
     """
     unknown = predictions.keys() - landmarks.keys()
     if unknown:
-        raise ValueError(f"{len(unknown)} queries are not in the solution, {min(unknown)} for one")
+        raise UserError(f"{len(unknown)} queries are not in the solution, {min(unknown)} for one")
     count = sum(bool(names) for names in landmarks.values())
     if not count:
-        raise ValueError("no query of the solution has a landmark")
+        raise UserError("no query of the solution has a landmark")
     for query, prediction in predictions.items():
         if not np.isfinite(prediction.confidence):
-            raise ValueError(f"the confidence of {query} is {prediction.confidence}")
+            raise UserError(f"the confidence of {query} is {prediction.confidence}")
     hits, total = 0, 0.0
     ranking = sorted(predictions, key=lambda query: (-predictions[query].confidence, query))
     for place, query in enumerate(ranking, start=1):

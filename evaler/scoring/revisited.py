@@ -11,7 +11,7 @@ import numpy as np
 from yacs.config import CfgNode
 
 from core.arguments import load_cfg_from_args
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.base.files import sha256_file
 from core.base.json_files import write_json
 from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, without
@@ -196,12 +196,12 @@ def truth_path(data_dir: str | os.PathLike, name: str) -> Path:
 def main(argv: list[str] | None = None) -> None:
     cfg = load_cfg_from_args("Score the descriptors of Revisited sets (easy / medium / hard).", argv)
     if cfg.INFER.IMAGES:
-        raise ValueError(f"INFER.IMAGES {cfg.INFER.IMAGES}: a folder has no ground truth, so there is nothing to score")
+        raise UserError(f"INFER.IMAGES {cfg.INFER.IMAGES}: a folder has no ground truth, so there is nothing to score")
     if not cfg.INFER.DATASETS:
-        raise ValueError("INFER.DATASETS is empty: there is nothing to score")
+        raise UserError("INFER.DATASETS is empty: there is nothing to score")
     sets = [name for name in cfg.INFER.DATASETS if name != DISTRACTORS]
     if not sets:
-        raise ValueError(f"INFER.DATASETS names {DISTRACTORS} alone, which has no queries; name a set to score with it")
+        raise UserError(f"INFER.DATASETS names {DISTRACTORS} alone, which has no queries; name a set to score with it")
     post = PostProcessing.of(cfg)
     distractors = load_distractors(cfg.OUT_DIR) if DISTRACTORS in cfg.INFER.DATASETS else None
     for name in sets:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from core.base.arguments import Parser
 from core.base.download import download
-from core.base.errors import ROOT, entry_point
+from core.base.errors import UserError, entry_point
 from core.base.files import atomic_write
 from core.base.locks import InUse, folder_lock
+from core.base.version import ROOT
 from datasets.missing import missing_files
 from evaler.sources.unpack import EXTENSIONS, Wanted, unpack
 from revisitop import groundtruth
@@ -78,7 +79,7 @@ def fetch_set(entry: RetrievalSet, data_dir: str | os.PathLike, *, keep_archives
     member's path is looked up in the list, else its last part, where that is unique. What revisitop1m.txt holds is
     taken to be paths below jpg/, as those who read it elsewhere take it; either way of packing fits.
 
-    Raises `ValueError` in one line: for a download that fails (run again to go on), another checksum or count, a list
+    Raises `UserError` in one line: for a download that fails (run again to go on), another checksum or count, a list
     with a name that leads out of the folder, a damaged archive, a folder that another process works on.
     """
     folder = Path(data_dir) / entry.name
@@ -86,7 +87,7 @@ def fetch_set(entry: RetrievalSet, data_dir: str | os.PathLike, *, keep_archives
         with folder_lock(folder):
             return _fetch(entry, folder, keep_archives)
     except InUse:
-        raise ValueError(f"{folder} is being downloaded by another process: wait for its end") from None
+        raise UserError(f"{folder} is being downloaded by another process: wait for its end") from None
 
 
 def _fetch(entry: RetrievalSet, folder: Path, keep_archives: bool) -> list[str]:
@@ -96,7 +97,7 @@ def _fetch(entry: RetrievalSet, folder: Path, keep_archives: bool) -> list[str]:
     download(entry.list_url, list_file, sha256=entry.sha256)
     names = read_names(list_file)
     if len(names) != entry.images:
-        raise ValueError(
+        raise UserError(
             f"{list_file}: names {len(names)} images, {entry.name} has {entry.images}; delete it to download it again"
         )
     complete = not _missing(names, folder)
@@ -122,7 +123,7 @@ def _fetch(entry: RetrievalSet, folder: Path, keep_archives: bool) -> list[str]:
 
 
 def read_names(list_file: Path) -> list[str]:
-    """The images that a ground truth (.pkl) or a list of one a line names, as paths below jpg. Raises `ValueError`."""
+    """The images that a ground truth (.pkl) or a list of one a line names, as paths below jpg. Raises `UserError`."""
     if list_file.suffix == ".pkl":
         truth = groundtruth.load(list_file)  # which has checked the names
         return list(dict.fromkeys(f"{name}.jpg" for name in truth.imlist + truth.qimlist))
@@ -131,9 +132,9 @@ def read_names(list_file: Path) -> list[str]:
     for number, name in enumerate(names, start=1):
         parts = name.split("/")
         if not name.isprintable() or not name.lower().endswith(EXTENSIONS) or {"", ".", ".."} & set(parts):
-            raise ValueError(f"{list_file}, line {number}: {name[:80]!a} cannot be the path of an image below jpg")
+            raise UserError(f"{list_file}, line {number}: {name[:80]!a} cannot be the path of an image below jpg")
     if len(set(names)) != len(names):
-        raise ValueError(f"{list_file}: names some images twice; delete it to download it again")
+        raise UserError(f"{list_file}: names some images twice; delete it to download it again")
     return names
 
 
@@ -154,7 +155,7 @@ def _read_state(path: Path) -> dict:
     except ValueError:
         state = None
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: not a list of unpacked archives; delete it to download all of them again")
+        raise UserError(f"{path}: not a list of unpacked archives; delete it to download all of them again")
     return state
 
 
@@ -175,12 +176,12 @@ def main(argv: list[str] | None = None) -> None:
     chosen = list(dict.fromkeys(args.sets or DEFAULT_SETS))
     for name in chosen:  # before anything is downloaded
         if name not in known:
-            raise ValueError(f"unknown set {name}; known are {' '.join(known)}")
+            raise UserError(f"unknown set {name}; known are {' '.join(known)}")
     fetch_all([known[name] for name in chosen], args.data_dir, keep_archives=args.keep_archives)
 
 
 def fetch_all(entries: list[RetrievalSet], data_dir: Path, *, keep_archives: bool = False) -> None:
-    """Fetch the sets and print what was found of each. Raises `ValueError` in the end if images are missing."""
+    """Fetch the sets and print what was found of each. Raises `UserError` in the end if images are missing."""
     incomplete = []
     for entry in entries:
         missing = fetch_set(entry, data_dir, keep_archives=keep_archives)
@@ -192,4 +193,4 @@ def fetch_all(entries: list[RetrievalSet], data_dir: Path, *, keep_archives: boo
                 f"{Path(data_dir) / entry.name / 'unpacked.json'} to download all its archives again"
             )
     if incomplete:
-        raise ValueError("; ".join(incomplete))
+        raise UserError("; ".join(incomplete))

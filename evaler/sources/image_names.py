@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from core.base.errors import UserError
 from core.base.progress import bar
 from core.processes.distributed import is_main
 from datasets.images.decode import ImageError
@@ -24,13 +25,13 @@ _HEAD = 2**16  # bytes that tell a text from another file
 
 
 def checked_name(name: str) -> str:
-    """`name` without `./` and doubled slashes. Raises `ValueError` saying what it is: a phrase, without the name."""
+    """`name` without `./` and doubled slashes. Raises `UserError` saying what it is: a phrase, without the name."""
     if _UNWRITABLE.search(name):
-        raise ValueError("holds a tab, a line break or no UTF-8, rename that file")
+        raise UserError("holds a tab, a line break or no UTF-8, rename that file")
     if name.startswith("/"):
-        raise ValueError("is an absolute path, a relative one is wanted")
+        raise UserError("is an absolute path, a relative one is wanted")
     if ".." in name and ".." in name.split("/"):
-        raise ValueError("leads out of its folder by `..`")
+        raise UserError("leads out of its folder by `..`")
     return posixpath.normpath(name) if "./" in name or "//" in name else name
 
 

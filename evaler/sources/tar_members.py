@@ -5,6 +5,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from core.base.errors import UserError
+
 _MOST_HEADER_BYTES = 2**18  # of one member: long names and other extensions before its own header
 _MOST_GLOBAL_RECORDS = 100
 # Kinds of headers whose content belongs to the next one.
@@ -40,13 +42,13 @@ def members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
 
 
 def _check(member: tarfile.TarInfo, position: int, tar: tarfile.TarFile) -> None:
-    """Raises `ValueError` unless the member lies behind `position`, and its content ends where the next one begins."""
+    """Raises `UserError` unless the member lies behind `position`, and its content ends where the next one begins."""
     if member.size < 0 or not position < member.offset_data <= tar.offset:
-        raise ValueError(f"{member.name[:200]!a} has {member.size} bytes")
+        raise UserError(f"{member.name[:200]!a} has {member.size} bytes")
     if member.isreg() and not member.issparse() and tar.offset - member.offset_data != -(-member.size // 512) * 512:
-        raise ValueError(f"{member.name[:200]!a} has two sizes")
+        raise UserError(f"{member.name[:200]!a} has two sizes")
     if len(tar.pax_headers) > _MOST_GLOBAL_RECORDS:  # each member gets a copy of them
-        raise ValueError(f"more than {_MOST_GLOBAL_RECORDS} records for all members")
+        raise UserError(f"more than {_MOST_GLOBAL_RECORDS} records for all members")
 
 
 class _Headers:

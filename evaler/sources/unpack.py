@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from core.base.errors import UserError
 from core.base.progress import bar
 from evaler.sources.tar_members import members
 
@@ -24,7 +25,7 @@ STAGING = ".unpacking"
 DAMAGED = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, ValueError, OverflowError)
 
 
-class ArchiveError(ValueError):
+class ArchiveError(UserError):
     """An archive that is damaged or asks for too much; the message is one line."""
 
 

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from model.errors import ModelError
+
 MOST_OPCODES = 1_000_000  # a ResNet-152 with momentum and moving average has 130,000
 MOST_VALUES = 4_000_000  # with what is shared counted each time
 DEEPEST = 50
@@ -57,7 +59,7 @@ _PUT = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GET = {"GET", "BINGET", "LONG_BINGET"}
 
 
-class WeightPickleError(ValueError):
+class WeightPickleError(ModelError):
     """The bytes are damaged, or hold what no weight file does."""
 
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from model.errors import ModelError
 from model.weights.pickles import WeightPickle, WeightPickleError
 
 BLOCK = 1 << 22
@@ -41,7 +42,7 @@ BEGINNINGS = (
 SAFETENSORS = "a safetensors file: convert it, torch.save(safetensors.torch.load_file(FILE), NEW)"
 
 
-class WeightsError(ValueError):
+class WeightsError(ModelError):
     """A weight file that cannot be used; the message is one line."""
 
 

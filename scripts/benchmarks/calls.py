@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from core.base.errors import UserError
 from core.base.json_files import write_json
 from scripts.benchmarks.timing import conditions, machine, spread
 
@@ -46,7 +47,7 @@ def _call(arguments: tuple[str, ...]) -> dict:
         command = [sys.executable, str(COMMAND), *arguments, "--json", str(result)]
         ended = subprocess.run(command, capture_output=True, text=True)
         if ended.returncode:
-            raise ValueError(f"benchmark.py {' '.join(arguments)}: {ended.stderr.strip()[-500:]}")
+            raise UserError(f"benchmark.py {' '.join(arguments)}: {ended.stderr.strip()[-500:]}")
         return json.loads(result.read_text())
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.base.arguments import Parser
-from core.base.errors import entry_point
+from core.base.errors import UserError, entry_point
 from core.base.files import atomic_write
 from scripts.plots.run_panels import COLOURS, DASHES, MARKED, MARKERS, panel_rows
 from scripts.plots.run_records import RunCurves, read_run, run_names
@@ -58,11 +58,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plot_runs(paths: list[Path], out: Path) -> None:
-    """Draw the runs into the PNG `out`. Raises ValueError for a log without records and for too many runs."""
+    """Draw the runs into the PNG `out`. Raises UserError for a log without records and for too many runs."""
     if len(paths) > len(COLOURS):
-        raise ValueError(f"{len(paths)} runs: at most {len(COLOURS)} can be told apart in one picture")
+        raise UserError(f"{len(paths)} runs: at most {len(COLOURS)} can be told apart in one picture")
     if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out}: the curves are drawn as a PNG, name a file that ends in .png")
+        raise UserError(f"--out {out}: the curves are drawn as a PNG, name a file that ends in .png")
     runs = [read_run(path) for path in paths]
     for run in runs:
         if run.torn:
@@ -72,7 +72,7 @@ def plot_runs(paths: list[Path], out: Path) -> None:
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        raise ValueError("curves are drawn with matplotlib, which is not installed: pip install matplotlib") from None
+        raise UserError("curves are drawn with matplotlib, which is not installed: pip install matplotlib") from None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     # The user's own style file must not move things; the backend is what FigureCanvasAgg says.
@@ -92,7 +92,7 @@ def draw(runs: list[RunCurves], names: list[str]) -> "Figure":
 
     rows = panel_rows(runs)
     if not rows:
-        raise ValueError(f"{', '.join(str(run.file) for run in runs)}: no loss, error, rate or mAP, so nothing to draw")
+        raise UserError(f"{', '.join(str(run.file) for run in runs)}: no loss, error, rate or mAP, so nothing to draw")
     width = PANEL[0] * max(map(len, rows))
     names = [name if len(name) <= 60 else f"{name[:20]}…{name[-39:]}" for name in names]
     entries = len(names) + 2

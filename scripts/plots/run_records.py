@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from core.base.errors import UserError
 from core.logging import JSON_PREFIX
 
 LOG_NAME = "stdout.log"  # that of core.checkpoints.output, which needs torch; curves are drawn where there is none
@@ -36,17 +37,17 @@ class RunCurves:
 
 
 def read_run(path: str | os.PathLike) -> RunCurves:
-    """Read OUT_DIR/stdout.log, or the file with a run's output. Raises ValueError if there is no record in it."""
+    """Read OUT_DIR/stdout.log, or the file with a run's output. Raises UserError if there is no record in it."""
     path = Path(path)
     file = path / LOG_NAME if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        raise ValueError(
+        raise UserError(
             f"{file}: no such log; give the OUT_DIR of a training run, or the file with its output"
         ) from None
     except OSError as error:
-        raise ValueError(f"{file}: the log cannot be read ({error.strerror})") from error
+        raise UserError(f"{file}: the log cannot be read ({error.strerror})") from error
     run = RunCurves(file)
     decoder = json.JSONDecoder()
     for line in text.splitlines():
@@ -58,7 +59,7 @@ def read_run(path: str | os.PathLike) -> RunCurves:
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 run.torn += 1
     if not any(run.kinds.values()):
-        raise ValueError(f"{file}: no json_stats line with an epoch in it, so nothing to draw")
+        raise UserError(f"{file}: no json_stats line with an epoch in it, so nothing to draw")
     return run
 
 
@@ -90,7 +91,7 @@ def position(record: dict) -> float:
 def _fraction(text: str) -> tuple[int, int]:
     part, whole = map(int, text.split("/"))
     if part < 0 or whole < 1:
-        raise ValueError(f"{text}: expected a fraction")
+        raise UserError(f"{text}: expected a fraction")
     return part, whole
 
 

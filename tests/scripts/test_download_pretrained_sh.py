@@ -12,9 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def downloader(sandbox, file_server):
     """The sandbox with the real interpreter and download code, and a server in place of the published address."""
-    (sandbox.root / "core").mkdir()
-    for path in (ROOT / "core").glob("*.py"):
-        shutil.copy(path, sandbox.root / "core")
+    shutil.copytree(ROOT / "core", sandbox.root / "core")
     sandbox.env |= {"PYTHON": sys.executable, "PYCLS_BASE_URL": file_server.url, "no_proxy": "127.0.0.1"}
     return sandbox
 

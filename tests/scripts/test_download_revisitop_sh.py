@@ -20,9 +20,7 @@ PARIS = ("/paris/paris_1-v1.tgz", "/paris/paris_2-v1.tgz")
 def downloader(sandbox, file_server):
     """The sandbox with the real interpreter and code, and a server in place of the published addresses."""
     for package in ("core", "datasets", "evaler", "revisitop"):
-        (sandbox.root / package).mkdir()
-        for source in (ROOT / package).glob("*.py"):
-            shutil.copy(source, sandbox.root / package)
+        shutil.copytree(ROOT / package, sandbox.root / package, ignore=shutil.ignore_patterns("data"))
     sandbox.env |= {
         "PYTHON": sys.executable,
         "no_proxy": "127.0.0.1",

@@ -1,3 +1,4 @@
+import ast
 import contextlib
 import os
 import signal
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from core.base import errors as environment
-from core.base.errors import entry_point, is_user_error
+from core.base import version
+from core.base.errors import UserError, entry_point, is_user_error
 from core.base.files import atomic_write, sha256_file
 from core.base.version import code_version
 from datasets import transforms
 from tests.small_run import ROOT, child_environment, python
+
+PACKAGES = ("core", "datasets", "evaler", "model", "revisitop", "scripts")
 
 
 def caught(function) -> ValueError:
@@ -25,19 +28,23 @@ def caught(function) -> ValueError:
 
 
 def refuse():
-    raise ValueError("one clear line")
+    raise UserError("one clear line")
 
 
 def refuse_after_another_error():
     try:
         int("x")
     except ValueError:
-        raise ValueError("mended") from None
+        raise UserError("mended") from None
 
 
 def from_numpy():
     """NumPy's C code leaves no frame in the traceback: the innermost one is this function's."""
     return np.zeros(3) + np.zeros(4)
+
+
+def unmarked():
+    raise ValueError("a defect of ours")
 
 
 def from_python():
@@ -48,14 +55,14 @@ def from_torch():
     return torch.nn.functional.batch_norm(torch.zeros(1, 2), None, None, training=True)
 
 
-def test_a_raise_in_our_code_is_the_users_mistake():
+def test_a_marked_error_is_the_users_mistake():
     assert is_user_error(caught(refuse))
     assert is_user_error(caught(refuse_after_another_error))
     assert is_user_error(caught(lambda: transforms.scaled_size(3, 3, 0.1)))
 
 
-@pytest.mark.parametrize("defect", [from_numpy, from_python, from_torch])
-def test_what_a_library_raises_is_a_defect(defect):
+@pytest.mark.parametrize("defect", [unmarked, from_numpy, from_python, from_torch])
+def test_what_a_library_raises_and_what_is_not_marked_is_a_defect(defect):
     assert not is_user_error(caught(defect))
 
 
@@ -80,6 +87,19 @@ def test_a_mistake_stays_one_on_its_way_through_context_managers():
             refuse()
 
     assert is_user_error(caught(through))
+
+
+def test_no_mistake_of_a_user_is_a_plain_value_error():
+    files = [path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")]
+    plain = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call | ast.Raise)
+        and "ValueError" in (ast.unparse(node.func) if isinstance(node, ast.Call) else ast.unparse(node.exc or node))
+    ]
+    assert len(files) > 100
+    assert plain == []
 
 
 def test_entry_point_prints_one_line_and_exits_with_2(capsys):
@@ -176,7 +196,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(environment.os, name, lambda *args, n=name, f=real: calls.append(n) or f(*args))
+        monkeypatch.setattr(os, name, lambda *args, n=name, f=real: calls.append(n) or f(*args))
     with atomic_write(tmp_path / "file") as file:
         file.write(b"x")
     assert calls == ["fsync", "replace", "fsync"]  # content, name, folder
@@ -185,7 +205,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 def test_a_process_killed_while_writing_leaves_nothing_under_the_name(tmp_path):
     code = (
         "import sys, time\n"
-        "from core.base.errors import atomic_write\n"
+        "from core.base.files import atomic_write\n"
         "with atomic_write(sys.argv[1]) as file:\n"
         "    file.write(b'x' * 100000); file.flush(); print('writing', flush=True); time.sleep(60)\n"
     )
@@ -223,7 +243,7 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-qm", "x")
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(version, "ROOT", tmp_path)
     code_version.cache_clear()
     yield tmp_path, git
     code_version.cache_clear()
@@ -278,20 +298,20 @@ def test_code_version_is_the_same_in_every_clone(checkout, tmp_path, tmp_path_fa
     for options in (["clone", "-q", "--depth=1", f"file://{tmp_path}"], ["-C", tmp_path, "worktree", "add", "-q"]):
         clone = tmp_path_factory.mktemp("clone") / "inner"
         subprocess.run(["git", *map(str, options), str(clone)], check=True, capture_output=True)
-        monkeypatch.setattr(environment, "ROOT", clone)
+        monkeypatch.setattr(version, "ROOT", clone)
         code_version.cache_clear()
         assert code_version() == git("rev-parse", "HEAD")[:12]
 
 
 def test_code_version_inside_a_repository_of_someone_else(checkout, tmp_path, monkeypatch):
     (tmp_path / "downloads" / "copy").mkdir(parents=True)
-    monkeypatch.setattr(environment, "ROOT", tmp_path / "downloads" / "copy")
+    monkeypatch.setattr(version, "ROOT", tmp_path / "downloads" / "copy")
     code_version.cache_clear()
     assert code_version() == "unknown"
 
 
 def test_code_version_outside_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(version, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     code_version.cache_clear()
     assert code_version() == "unknown"
@@ -309,7 +329,7 @@ def test_names_never_control_the_terminal(capsys):
     def main():
         print("found", HOSTILE, end="\t|\n")
         print(f"note: {HOSTILE}", file=sys.stderr)
-        raise ValueError(f"{HOSTILE}\nerror: forged: a second line")
+        raise UserError(f"{HOSTILE}\nerror: forged: a second line")
 
     with pytest.raises(SystemExit):
         main()
@@ -322,7 +342,7 @@ def test_names_never_control_the_terminal(capsys):
 def test_a_message_can_be_read_whatever_it_quotes(capsys):
     @entry_point
     def main():
-        raise ValueError(f"KEY {'9' * 100_000} is not one of: 1, 2")
+        raise UserError(f"KEY {'9' * 100_000} is not one of: 1, 2")
 
     with pytest.raises(SystemExit):
         main()

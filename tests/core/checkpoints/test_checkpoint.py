@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_is_named_and_leaves_what_was_there(tmp_path):
 
 SAVE = """
 import os, signal, sys, torch
-from core.base import errors as environment
+from core.base import files
 from core.checkpoints.checkpoint import checkpoint_path, write_checkpoint
 
 out_dir, first, last, kill_at = sys.argv[1], *map(int, sys.argv[2:])
@@ -219,9 +219,9 @@ def fdopen(*args, **kwargs):
         def __exit__(self, *error): file.close()
     return Counted()
 
-environment.os.fdopen = fdopen
+files.os.fdopen = fdopen
 for name in ("fsync", "chmod", "replace"):
-    setattr(environment.os, name, passing(getattr(os, name)))
+    setattr(files.os, name, passing(getattr(os, name)))
 for number in range(first, last + 1):
     for value in content["model_state"].values():
         value.fill_(number)

@@ -2,12 +2,13 @@ import os
 
 import pytest
 
+from core.base.errors import UserError
 from core.checkpoints.output import check_writable, log_file, output_folder, write_config
 from core.config import load_cfg
 
 
 def mistake():
-    raise ValueError("the user's")
+    raise UserError("the user's")
 
 
 def defect():

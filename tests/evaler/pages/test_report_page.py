@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.base.errors import ROOT
+from core.base.version import ROOT
 from datasets.images.decode import decode
 from evaler.extraction import command as extract
 from evaler.features.store import load
