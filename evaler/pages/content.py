@@ -11,13 +11,13 @@ from core.base.errors import UserError
 from evaler.extraction.command import image_lists
 from evaler.features.store import FeaturesError, check_length, load
 from evaler.pages.pictures import Gallery, Shown, pictures
-from evaler.refinement.post_processing import PostProcessing
+from evaler.refinement.steps import Refinement
 from evaler.scoring import comparison
 from evaler.scoring.card import line, published, with_distractors
 from evaler.scoring.labels import KAPPAS, labels_of_folders, read_labels
 from evaler.scoring.ranked_lists import SAME, RankedList, mean_curve, own_lists, revisited_lists
 from evaler.scoring.revisited import (
-    NO_POST_PROCESSING,
+    NO_REFINEMENT,
     SETTING_NAMES,
     load_distractors,
     load_set,
@@ -37,7 +37,7 @@ class Run:
 
     name: str
     out_dir: Path
-    post: PostProcessing = NO_POST_PROCESSING
+    refinement: Refinement = NO_REFINEMENT
 
 
 def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -> dict:
@@ -51,8 +51,8 @@ def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -
     for run in runs:
         folder = run.out_dir / "features" / name
         behind.append(load_distractors(run.out_dir) if DISTRACTORS in cfg.INFER.DATASETS else None)
-        loaded = load_set(folder, truth, distractors=behind[-1], post=run.post)
-        scores.append(score_loaded(loaded, gnd_path, truth, folder, distractors=behind[-1], post=run.post))
+        loaded = load_set(folder, truth, distractors=behind[-1], refinement=run.refinement)
+        scores.append(score_loaded(loaded, gnd_path, truth, folder, distractors=behind[-1], refinement=run.refinement))
         aps = {setting: scores[-1][setting]["aps"] for setting in SETTINGS}
         lists.append(revisited_lists(loaded, truth, aps, top=shown.top))
     if behind[0] is not None and any(other.names != behind[0].names for other in behind[1:]):

@@ -16,7 +16,7 @@ from core.base.files import atomic_write
 from core.config import load_cfg
 from evaler.pages.content import FOLDERS, Run, own_page, revisited_page
 from evaler.pages.pictures import Shown
-from evaler.refinement.post_processing import PostProcessing
+from evaler.refinement.steps import Refinement
 from evaler.sources.images import DISTRACTORS
 
 SOURCES = Path(__file__).parent / "web"
@@ -75,35 +75,34 @@ def main(argv: list[str] | None = None) -> None:
     if args.out and args.out.suffix != ".html":
         parser.error(f"--out {args.out}: must end with .html")
     cfg = load_cfg(args.cfg, settings)
-    post = PostProcessing.of(cfg)
+    refinement = Refinement.of(cfg)
     own = bool(cfg.INFER.IMAGES)
     names = [] if own else [name for name in cfg.INFER.DATASETS if name != DISTRACTORS]
     if args.labels and not own:
         raise UserError("--labels is for INFER.IMAGES; the sets of INFER.DATASETS have their own")
-    if own and post:
+    if own and refinement:
         raise UserError("SCORE's post-processing is not applied to INFER.IMAGES; leave it out")
-    if args.unprocessed and (args.against or not post):
+    if args.unprocessed and (args.against or not refinement):
         raise UserError("--unprocessed shows one run without and with the steps that SCORE names: name some, one run")
     if not own and not names:
         raise UserError("nothing to show: name sets in INFER.DATASETS, or images in INFER.IMAGES")
     if args.out and len(names) > 1:
         raise UserError(f"--out names one page, INFER.DATASETS {len(names)} sets; name one of them")
-    first = Run(str(cfg.OUT_DIR), Path(cfg.OUT_DIR), post)
+    first = Run(str(cfg.OUT_DIR), Path(cfg.OUT_DIR), refinement)
     runs = [first]
     if args.unprocessed:
         runs = [
             Run(f"{cfg.OUT_DIR}, as extracted", first.out_dir),
-            Run(f"{cfg.OUT_DIR}, processed", first.out_dir, post),
+            Run(f"{cfg.OUT_DIR}, processed", first.out_dir, refinement),
         ]
     elif args.against:
-        runs.append(Run(str(args.against), args.against, post))
+        runs.append(Run(str(args.against), args.against, refinement))
     queries = args.queries if args.queries is not None else OWN_QUERIES if own else 0
     shown = Shown(top=args.top, queries=queries, attention=not args.no_attention)
     for name in names or [None]:
         content = revisited_page(cfg, name, runs, shown) if name else own_page(cfg, runs, shown, labels=args.labels)
-        suffix = (
-            f"{'_with_distractors' if name and DISTRACTORS in cfg.INFER.DATASETS else ''}{'_processed' if post else ''}"
-        )
+        behind = "_with_distractors" if name and DISTRACTORS in cfg.INFER.DATASETS else ""
+        suffix = f"{behind}{'_processed' if refinement else ''}"
         path = args.out or first.out_dir / "reports" / f"{name or content['title']}{suffix}.html"
         data = page_bytes(content)
         with atomic_write(path) as file:

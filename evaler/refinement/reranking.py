@@ -4,11 +4,37 @@ Shao et al., Global Features are All You Need for Image Retrieval and Reranking,
 https://arxiv.org/abs/2308.06954, as its published code computes it.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
+from yacs.config import CfgNode
 
 from core.base.progress import bar
 from evaler.features.top_k import top_k
+from evaler.refinement.step import Step
 from revisitop.scores import Rows
+
+
+@dataclass(frozen=True)
+class Reranking(Step):
+    """`rerank` of the first images. It ranks by itself: a ranking that an earlier step made is replaced."""
+
+    candidates: int
+    neighbours: int
+    beta: float
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "Reranking | None":
+        score = cfg.SCORE
+        return cls(score.RERANK, score.RERANK_NEIGHBOURS, score.RERANK_BETA) if score.RERANK else None
+
+    def line(self, scored: Sequence[str]) -> str:
+        return f"SuperGlobal re-ranking of {self.candidates} ({self.neighbours} neighbours, beta {self.beta:g})"
+
+    def ranking(self, queries: np.ndarray, database: Rows, first: np.ndarray | None) -> np.ndarray:
+        how = {"neighbours": self.neighbours, "beta": self.beta}
+        return rerank(queries, database, candidates=self.candidates, **how)
 
 
 def rerank(queries: np.ndarray, database: Rows, *, candidates: int, neighbours: int, beta: float) -> np.ndarray:
@@ -18,10 +44,10 @@ def rerank(queries: np.ndarray, database: Rows, *, candidates: int, neighbours: 
     The new score is the mean of two: of the query with the refined image, and with it again of the largest values
     of the refined images that are now first. What lies behind the candidates stays where it is.
     """
-    _, found = top_k(queries, database, candidates)
-    reordered = np.empty_like(found)
-    rows = zip(np.asarray(queries, dtype=np.float64), found, strict=True)
-    for number, (query, images) in enumerate(bar(rows, "re-ranking", unit="query", total=len(found), delay=1)):
+    _, ranked = top_k(queries, database, candidates)
+    reordered = np.empty_like(ranked)
+    rows = zip(np.asarray(queries, dtype=np.float64), ranked, strict=True)
+    for number, (query, images) in enumerate(bar(rows, "re-ranking", unit="query", total=len(ranked), delay=1)):
         refined = _refined(np.asarray(database[images], dtype=np.float64), neighbours, beta)
         scores = refined @ query
         first = np.argsort(-scores, kind="stable")[: neighbours + 1]

@@ -8,18 +8,31 @@ import json
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from yacs.config import CfgNode
 
 from core.base.arguments import Parser
 from core.base.errors import UserError, entry_point
 from core.base.files import atomic_write
 from core.base.json_files import parse, read_bytes
 from evaler.features.places import find_collection
-from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, without
-from evaler.features.store import NPY_ERRORS, check_length, chunks, load, read_manifest
+from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, differing_keys, without
+from evaler.features.rows import Mapped
+from evaler.features.store import (
+    NPY_ERRORS,
+    Features,
+    FeaturesError,
+    check_length,
+    chunks,
+    load,
+    read_manifest,
+)
+from evaler.refinement.step import Step
+from revisitop.scores import Rows
 
 SMALLEST = 1e-9  # variance, of the largest one: directions with less hold rounding errors only
 # Between the descriptors it was learned on and those it is used for.
@@ -46,6 +59,37 @@ class Whitening:
     @property
     def dim(self) -> int:
         return self.projection.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class WhiteningStep(Step):
+    """A `Whitening`, applied to rows as they are read."""
+
+    whitening: Whitening
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> "WhiteningStep | None":
+        """Raises `UserError` for a file that cannot be read."""
+        return cls(read(Path(cfg.SCORE.WHITENING))) if cfg.SCORE.WHITENING else None
+
+    def line(self, scored: Sequence[str]) -> str:
+        origin = self.whitening.learned_on
+        same = ", THE SCORED SET ITSELF" if origin.get("npy_sha256") in scored else ""
+        return f"PCA whitening to {self.whitening.dim} (learned on {origin.get('set')}{same})"
+
+    def check(self, database: Features) -> None:
+        """Raise `FeaturesError` if the whitening was learned on descriptors that were made in another way."""
+        origin, dim = self.whitening.learned_on.get("provenance", {}), len(self.whitening.mean)
+        differing = differing_keys(origin, database.provenance, but=MAY_DIFFER)
+        if dim != database.vectors.shape[1]:
+            differing.append(f"dimension, {dim} and {database.vectors.shape[1]}")
+        if differing:
+            what = ", ".join(differing)
+            raise FeaturesError(f"SCORE.WHITENING was learned on descriptors made in another way (differs in {what})")
+
+    def descriptors(self, queries: np.ndarray, database: Rows) -> tuple[np.ndarray, Rows]:
+        whitened = self.whitening(np.asarray(queries, dtype=np.float32))
+        return whitened, Mapped(database, self.whitening, self.whitening.dim)
 
 
 def learn(vectors: np.ndarray, *, dim: int = 0) -> tuple[np.ndarray, np.ndarray]:

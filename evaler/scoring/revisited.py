@@ -17,7 +17,7 @@ from core.base.json_files import write_json
 from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, without
 from evaler.features.rows import Stacked
 from evaler.features.store import Features, align, check_length, load, read_manifest, some
-from evaler.refinement.post_processing import PostProcessing
+from evaler.refinement.steps import Refinement
 from evaler.scoring.card import line, make_card, network_name, published, with_distractors
 from evaler.sources.images import DISTRACTORS
 from revisitop import groundtruth, protocol
@@ -28,7 +28,7 @@ KAPPAS = (1, 5, 10)
 SETTING_NAMES = {"E": "Easy", "M": "Medium", "H": "Hard"}
 # What may differ between a set and the distractors behind it: their list, queries, and where they were described.
 DISTRACTORS_MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
-NO_POST_PROCESSING = PostProcessing()
+NO_REFINEMENT = Refinement()
 SHOWN_BRACKET = 0.005  # points of mAP
 
 
@@ -36,7 +36,7 @@ class LoadedSet(NamedTuple):
     """A set ready to be ranked.
 
     queries: [Q, D]; gallery: the database in the order of the ground truth, then distractors, [N, D]; first: int64
-    [Q, M], see `PostProcessing.first`; provenance: what queries and database have in common.
+    [Q, M], see `Step.ranking`; provenance: what queries and database have in common.
     """
 
     queries: np.ndarray
@@ -50,9 +50,9 @@ def load_set(
     ground_truth: GroundTruth,
     *,
     distractors: Features | None = None,
-    post: PostProcessing = NO_POST_PROCESSING,
+    refinement: Refinement = NO_REFINEMENT,
 ) -> LoadedSet:
-    """The collections `queries` and `database` in `folder`, the latter with `distractors` behind it, post-processed.
+    """The collections `queries` and `database` in `folder`, the latter with `distractors` behind it, refined.
 
     Raises `FeaturesError` if a collection is incomplete, was extracted in another way than the other, has not exactly
     the images of the ground truth, or holds vectors that are not finite and of length 1.
@@ -71,9 +71,8 @@ def load_set(
     if distractors is not None:
         check_alike(f"{folder}: database", database, DISTRACTORS, distractors, but=DISTRACTORS_MAY_DIFFER)
     gallery = Stacked([aligned[1], *([] if distractors is None else [distractors.vectors])])
-    post.check(database)
-    moved, gallery = post(aligned[0], gallery)
-    return LoadedSet(moved, gallery, post.first(moved, gallery), without(database.provenance, LIST_KEYS))
+    refinement.check(database)
+    return LoadedSet(*refinement.apply(aligned[0], gallery), without(database.provenance, LIST_KEYS))
 
 
 def score_features(loaded: LoadedSet, ground_truth: GroundTruth, *, kappas: Sequence[int] = KAPPAS) -> dict[str, dict]:
@@ -134,18 +133,18 @@ def score_set(
     out_dir: str | os.PathLike,
     *,
     distractors: Features | None = None,
-    post: PostProcessing = NO_POST_PROCESSING,
+    refinement: Refinement = NO_REFINEMENT,
 ) -> tuple[dict, Path]:
     """Score one extracted set and write `<out_dir>/scores/<name>.json`; returns what is written, and where.
 
-    With distractors the file is `<name>_with_distractors.json`, and `_processed` is put behind it with post-processing.
+    With distractors the file is `<name>_with_distractors.json`, and `_processed` is put behind it with refinement.
     """
     gnd_path = truth_path(data_dir, name)
     ground_truth = groundtruth.load(gnd_path)
     folder = Path(out_dir) / "features" / name
-    loaded = load_set(folder, ground_truth, distractors=distractors, post=post)
-    score = score_loaded(loaded, gnd_path, ground_truth, folder, distractors=distractors, post=post)
-    suffix = f"{'_with_distractors' if distractors else ''}{'_processed' if post else ''}"
+    loaded = load_set(folder, ground_truth, distractors=distractors, refinement=refinement)
+    score = score_loaded(loaded, gnd_path, ground_truth, folder, distractors=distractors, refinement=refinement)
+    suffix = f"{'_with_distractors' if distractors else ''}{'_processed' if refinement else ''}"
     path = Path(out_dir) / "scores" / f"{name}{suffix}.json"
     write_json(path, score)
     return score, path
@@ -158,7 +157,7 @@ def score_loaded(
     folder: Path,
     *,
     distractors: Features | None = None,
-    post: PostProcessing = NO_POST_PROCESSING,
+    refinement: Refinement = NO_REFINEMENT,
 ) -> dict:
     """The score of what `load_set` has loaded from OUT_DIR/features/<set>, with its card: what `score_set` writes."""
     name = folder.name
@@ -172,7 +171,7 @@ def score_loaded(
         queries=len(ground_truth.qimlist),
         distractors=len(distractors.names) if distractors else 0,
         ground_truth_sha256=sha256_file(gnd_path),
-        post_processing=post.steps([manifest["sha256"]["npy"] for manifest in manifests]),
+        post_processing=refinement.lines([manifest["sha256"]["npy"] for manifest in manifests]),
     )
     return {
         "unit": "percent",
@@ -202,11 +201,11 @@ def main(argv: list[str] | None = None) -> None:
     sets = [name for name in cfg.INFER.DATASETS if name != DISTRACTORS]
     if not sets:
         raise UserError(f"INFER.DATASETS names {DISTRACTORS} alone, which has no queries; name a set to score with it")
-    post = PostProcessing.of(cfg)
+    refinement = Refinement.of(cfg)
     distractors = load_distractors(cfg.OUT_DIR) if DISTRACTORS in cfg.INFER.DATASETS else None
     for name in sets:
         for behind in (None, distractors) if distractors else (None,):
-            score, path = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR, distractors=behind, post=post)
+            score, path = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR, distractors=behind, refinement=refinement)
             if behind is None:
                 _tell_of_other_settings(cfg, score)
                 _tell_of_own_queries(name, truth_path(cfg.INFER.DATA_DIR, name))

@@ -6,11 +6,12 @@ import pytest
 from core.config import load_cfg
 from evaler.features.rows import Mapped, Stacked
 from evaler.features.store import Features, FeaturesError
-from evaler.refinement import whitening
+from evaler.refinement import steps, whitening
 from evaler.refinement.expansion import augment, expand
-from evaler.refinement.post_processing import PostProcessing
 from evaler.refinement.reranking import rerank
-from evaler.refinement.whitening import Whitening, learn
+from evaler.refinement.step import Step
+from evaler.refinement.steps import Refinement
+from evaler.refinement.whitening import Whitening, WhiteningStep, learn
 
 
 def unit(rows):
@@ -180,38 +181,65 @@ def test_reranking_lifts_what_the_first_images_agree_on():
 # ------------------------------------------------------------------------------------------------ the whole of it
 
 
+def refinement(*settings):
+    return Refinement.of(load_cfg(None, list(settings)))
+
+
 def test_nothing_switched_on_changes_nothing():
-    post = PostProcessing.of(load_cfg(None, []))
-    queries, database = post(SKEWED[:2], SKEWED[2:])
-    assert not post and post.steps([]) == []
+    none = refinement()
+    queries, database, first = none.apply(SKEWED[:2], SKEWED[2:])
+    assert not none and none.lines([]) == [] and first is None
     np.testing.assert_array_equal(queries, SKEWED[:2])
     np.testing.assert_array_equal(database, SKEWED[2:])
 
 
-def test_the_order_is_whitening_augmentation_expansion():
+def test_the_order_is_whitening_augmentation_expansion_reranking(tmp_path):
     learned = Whitening(*learn(SKEWED, dim=4), {"set": "x", "npy_sha256": "1"})
-    post = PostProcessing(learned, dba=2, dba_alpha=1, qe=3, qe_alpha=0)
-    queries, moved = post(SKEWED[:5], Stacked([SKEWED[5:40], SKEWED[40:90]]))
+    whitening.write(tmp_path / "w.npz", learned)
+    settings = ["SCORE.QE", "3", "SCORE.QE_ALPHA", "0", "SCORE.DBA", "2", "SCORE.DBA_ALPHA", "1"]
+    moving = refinement(*settings, "SCORE.WHITENING", str(tmp_path / "w.npz"))
+    queries, moved, first = moving.apply(SKEWED[:5], Stacked([SKEWED[5:40], SKEWED[40:90]]))
     images = augment(learned(SKEWED[5:90]), neighbours=2, alpha=1)
     np.testing.assert_allclose(moved, images, atol=1e-6)
     np.testing.assert_allclose(queries, expand(learned(SKEWED[:5]), images, neighbours=3, alpha=0), atol=1e-6)
-    assert post.steps(["2"]) == ["PCA whitening to 4 (learned on x)", "DBA 2 alpha 1", "QE 3 alpha 0"]
-    assert "THE SCORED SET ITSELF" in post.steps(["1"])[0]
-    assert post.first(queries, moved) is None
-    post = PostProcessing.of(load_cfg(None, ["SCORE.RERANK", "20", "SCORE.RERANK_BETA", "0.3"]))
-    assert post and post.steps([]) == ["SuperGlobal re-ranking of 20 (9 neighbours, beta 0.3)"]
-    wanted = rerank(queries, moved, candidates=20, neighbours=9, beta=0.3)
-    np.testing.assert_array_equal(post.first(queries, moved), wanted)
+    assert moving.lines(["2"]) == ["PCA whitening to 4 (learned on x)", "DBA 2 alpha 1", "QE 3 alpha 0"]
+    assert "THE SCORED SET ITSELF" in moving.lines(["1"])[0]
+    assert first is None
+    reranking = refinement(*settings, "SCORE.WHITENING", str(tmp_path / "w.npz"), "SCORE.RERANK", "20")
+    assert reranking.lines([])[3] == "SuperGlobal re-ranking of 20 (9 neighbours, beta 0.15)"
+    _, _, first = reranking.apply(SKEWED[:5], Stacked([SKEWED[5:40], SKEWED[40:90]]))
+    np.testing.assert_array_equal(first, rerank(queries, moved, candidates=20, neighbours=9, beta=0.15))
+
+
+def test_a_step_of_ones_own_costs_a_class_and_a_row(monkeypatch):
+    class Reversed(Step):
+        """The ranking that the steps before left, backwards."""
+
+        @classmethod
+        def of(cls, cfg):
+            return cls()
+
+        def line(self, scored):
+            return "reversed"
+
+        def ranking(self, queries, database, first):
+            return first[:, ::-1]
+
+    monkeypatch.setattr(steps, "STEPS", (*steps.STEPS, Reversed))
+    both = refinement("SCORE.RERANK", "7", "SCORE.RERANK_NEIGHBOURS", "2")
+    assert both.lines([])[1] == "reversed"
+    wanted = rerank(SKEWED[:3], SKEWED[3:], candidates=7, neighbours=2, beta=0.15)[:, ::-1]
+    np.testing.assert_array_equal(both.apply(SKEWED[:3], SKEWED[3:])[2], wanted)
 
 
 def test_a_whitening_of_other_descriptors_is_refused():
-    post = PostProcessing(Whitening(*learn(SKEWED), {"provenance": {"weights_sha256": "a"}}))
+    other = Refinement((WhiteningStep(Whitening(*learn(SKEWED), {"provenance": {"weights_sha256": "a"}})),))
 
     def described(dim=6, **provenance):
         return Features(["x"], np.ones((1, dim), np.float32), np.ones((1, 2), np.int32), provenance)
 
-    post.check(described(weights_sha256="a", crop_query=True, list_sha256="l", torch="2"))
+    other.check(described(weights_sha256="a", crop_query=True, list_sha256="l", torch="2"))
     with pytest.raises(FeaturesError, match="differs in weights_sha256"):
-        post.check(described(weights_sha256="b"))
+        other.check(described(weights_sha256="b"))
     with pytest.raises(FeaturesError, match="differs in dimension, 6 and 8"):
-        post.check(described(8, weights_sha256="a"))
+        other.check(described(8, weights_sha256="a"))
