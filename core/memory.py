@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode
 
@@ -98,6 +97,8 @@ def _network_peak(cfg: CfgNode, batch: int, *, train: bool) -> int:
 
     Nothing is computed: only shapes go through the network.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to load, and few runs need an estimate
+
     size, autocast = cfg.TRAIN.IM_SIZE, AUTOCAST.get(cfg.TRAIN.PRECISION) if train else None
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         model = builders.build_descriptor(cfg).train(train)

@@ -1,10 +1,30 @@
 """The optimiser: SGD or AdamW over the parameters that are trained, in groups with their own rate and decay."""
 
+import inspect
+from typing import TypeVar
+
 import torch
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+
+
+def _never_compiled(kind: type[AnyOptimizer]) -> type[AnyOptimizer]:
+    """The same optimizer without torch's wrappers that keep `torch.compile` out of it.
+
+    They import the compiler at their first call, which takes seconds of every start. TRAIN.COMPILE compiles the
+    network alone.
+    """
+    names = ("add_param_group", "state_dict", "load_state_dict", "zero_grad", "step")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    methods["step"] = torch.no_grad()(methods["step"])  # one of those wrappers does that, too
+    return type(kind.__name__, (kind,), methods)
+
+
+SGD = _never_compiled(torch.optim.SGD)
+AdamW = _never_compiled(torch.optim.AdamW)
 
 
 def parameter_groups(

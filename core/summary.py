@@ -1,9 +1,12 @@
 """What is said of a run before it starts: devices, batch, network, data."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from yacs.config import CfgNode
 
 from core.base.version import code_version
@@ -55,11 +58,38 @@ def rate_warning(cfg: CfgNode) -> list[str]:
     ]
 
 
-def count_gflops(descriptor: nn.Module, size: int) -> float:
-    """Billions of operations, two a multiply-add, for one image's descriptor; counted without computing it.
+class _Operations(TorchDispatchMode):
+    """Counts as torch's `FlopCounterMode` does; convolutions are not computed, their results are zeros.
 
-    `descriptor` lies on the device `meta`.
+    That mode, and the device `meta`, would import torch's compiler, which takes seconds of every start.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        descriptor.eval()(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() / 1e9
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under this mode
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        operation, kwargs = function.overloadpacket, kwargs or {}
+        convolves = operation is torch.ops.aten.convolution
+        result = _convolution_of_zeros(*args) if convolves else function(*args, **kwargs)
+        if operation in flop_registry:
+            self.count += flop_registry[operation](*args, **kwargs, out_val=result)
+        return result
+
+
+def _convolution_of_zeros(x, weight, bias, stride, padding, dilation, transposed, *_) -> Tensor:
+    assert not transposed
+    axes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes]
+    return x.new_zeros(x.shape[0], weight.shape[0], *sizes)
+
+
+def count_gflops(descriptor: Callable[[Tensor], Tensor], size: int, device: torch.device | str) -> float:
+    """Billions of operations, two a multiply-add, for one image's descriptor, by a network that does not train."""
+    with torch.no_grad(), _Operations() as operations:
+        descriptor(torch.zeros(1, 3, size, size, device=device))
+    return operations.count / 1e9

@@ -155,8 +155,8 @@ class Run:
         return [f"resuming from {path}: {done}{inside if self.position.iteration else ''}", *notes]
 
     def report(self) -> list[str]:
-        with torch.device("meta"):
-            gflops = count_gflops(builders.build_descriptor(self.cfg), self.cfg.TRAIN.IM_SIZE)
+        gflops = count_gflops(self.model.eval().descriptors, self.cfg.TRAIN.IM_SIZE, self.device)
+        self.model.train()
         labels, test_loader = self.train_loader.dataset.labels, self.evaluate.loader
         validated = len(test_loader.dataset) if test_loader else 0
         report = start_report(self.cfg, self.model, self.device, gflops=gflops, labels=labels, validated=validated)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 
 from core.base.files import atomic_write
 from core.processes.progress import progress
@@ -35,6 +34,8 @@ def export(folder: str | os.PathLike, collection: str, forms: Sequence[str]) -> 
 
 
 def _write_mat(path: Path, features: Features) -> None:
+    import scipy.io  # not at the top: few want this form, and it is slow to load
+
     vectors = np.asarray(features.vectors, np.float32)
     if vectors.nbytes > _MOST_MAT_BYTES:
         raise FeaturesError(f"{path}: {len(vectors)} descriptors are more than a .mat holds (2 GiB); use npz")

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core import memory
 from core.builders import build_classifier
@@ -19,7 +20,7 @@ def settings(**more):
 
 def test_the_bytes_that_are_alive_at_once_are_counted():
     """Known by hand: x and y of 4 MB and their sum are alive together; z comes when the sum is gone."""
-    with memory.FakeTensorMode(), memory._Peak() as peak:
+    with FakeTensorMode(), memory._Peak() as peak:
         x = torch.empty(1 << 20)
         y = x + 1
         total = x + y
@@ -112,7 +113,6 @@ print(held("VmHWM") - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_estimate_against_what_forward_and_backward_take(tmp_path):
-    """Without an optimizer, for which PyTorch imports its compiler: that takes longer than all the rest."""
     given = overrides(SMALL_MODEL, {"NUM_GPUS": 0, "TEST.SPLIT": "", "TRAIN.BATCH_SIZE": 16, "TRAIN.IM_SIZE": 128})
     output, errors = start(script(tmp_path, REAL), *given).communicate(timeout=200)
     cfg = load_cfg(None, given)

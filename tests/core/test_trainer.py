@@ -26,6 +26,8 @@ from tests.small_run import (
     landmarks,
     overrides,
     python,
+    script,
+    start,
 )
 
 # The least that has a branch of each kind, without the local one.
@@ -317,3 +319,22 @@ def test_a_run_killed_after_an_epoch_goes_on_to_the_same_weights_bit_by_bit(data
     for a, b in zip(*map(states, last), strict=True):
         assert torch.equal(a, b)
     assert len(states(last[0])) > 300
+
+
+WITHOUT_COMPILER = """
+import sys
+from core.config import load_cfg
+from core.trainer import train
+for epochs in "1", "2":
+    train(load_cfg(None, [*sys.argv[1:], "OPTIM.MAX_EPOCH", epochs]))
+print(sorted(set(sys.modules) & {"torch._dynamo", "sympy", "scipy"}))
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_and_its_resumption_load_no_compiler(data_dir, tmp_path, optimizer):
+    """Of torch, see `core.optimizer` and `core.summary`: it would take longer than all the rest of the start."""
+    place = {"DATA_LOADER.DATA_DIR": data_dir, "OUT_DIR": tmp_path / "out", "OPTIM.OPTIMIZER": optimizer}
+    run = start(script(tmp_path, WITHOUT_COMPILER), *overrides(SMALL_MODEL, SMALL_TRAINING, GLOBAL_ONLY, place))
+    output, errors = run.communicate(timeout=200)
+    assert output.splitlines()[-1:] == ["[]"], errors

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from core import builders
 from core.base.errors import is_user_error
@@ -264,9 +265,17 @@ def test_validation_is_of_the_moving_average(data_dir, capsys):
 def test_the_operations_of_a_resnet_50_are_those_of_its_paper():
     """He et al., CVPR 2016, table 1: 3.8 billion multiply-adds, with the stride in the 1x1 convolution."""
     cfg = load_cfg(None, ["MODEL.FUSION", "global", "MODEL.HEADS.IN_FEAT", "2048"])
-    with torch.device("meta"):
-        network = builders.build_descriptor(cfg)
-    assert count_gflops(network, 224) / 2 == pytest.approx(3.8, abs=0.1)
+    network = builders.build_descriptor(cfg).eval()
+    assert count_gflops(network, 224, "cpu") / 2 == pytest.approx(3.8, abs=0.1)
+
+
+@pytest.mark.parametrize(("stride_1x1", "size"), [(False, 224), (True, 229)])
+def test_operations_are_those_that_torch_counts(stride_1x1, size):
+    cfg = load_cfg(None, overrides(SMALL_MODEL, {"MODEL.WITH_MA": True, "RESNET.STRIDE_1X1": stride_1x1}))
+    network = builders.build_descriptor(cfg).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, size, size))
+    assert count_gflops(network, size, "cpu") == counter.get_total_flops() / 1e9
 
 
 @pytest.mark.parametrize(
