@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 
 from core.base.errors import UserError
 from core.base.safe_yaml import LARGEST_INT, MOST_TEXT, YamlError, read_yaml
+from core.base.terminal import reason_of
 
 # Keys of pycls and of the published YAML files that nothing reads (most were not read there either).
 IGNORED = {
@@ -46,7 +47,7 @@ def merge_yaml(cfg: CfgNode, path: Path, *, defaults: CfgNode) -> list[str]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file (see configs/)") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration file: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: cannot be read as a configuration file: {reason_of(error)}") from None
     try:
         tree = read_yaml(text)
     except YamlError as error:
@@ -170,7 +171,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, int) and not -LARGEST_INT < value < LARGEST_INT:
         return "a number of more than 64 bits"  # Python refuses to print thousands of digits
     return reprlib.repr(value)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -22,7 +22,7 @@ from evaler.sources.images import revisited_set
 from model.classifier import Classifier
 from revisitop import groundtruth, protocol
 
-NAMES = {"E": "easy", "M": "medium", "H": "hard"}
+LEVELS = {setting: name.lower() for setting, name in protocol.SETTING_NAMES.items()}
 
 
 def check_sets(cfg: CfgNode) -> None:
@@ -53,11 +53,11 @@ def score_sets(cfg: CfgNode, network: nn.Module, poll: Callable[[], None]) -> di
                 check_lengths(vectors[collection], [images.source(index) for index in range(len(images))])
         except ValueError as error:
             log(f"{name} is not scored: {error}")
-            scores[name] = dict.fromkeys(NAMES.values())
+            scores[name] = dict.fromkeys(LEVELS.values())
             continue
-        truth = groundtruth.load(f"{cfg.INFER.DATA_DIR}/{name}/gnd_{name}.pkl")
-        found = protocol.evaluate(vectors["queries"], vectors["database"], truth, (1,))
-        fractions = {NAMES[setting]: float(values["mAP"]) for setting, values in found.items()}
+        truth = groundtruth.load(groundtruth.path_of(cfg.INFER.DATA_DIR, name))
+        scored = protocol.evaluate(vectors["queries"], vectors["database"], truth, (1,))
+        fractions = {LEVELS[setting]: float(values["mAP"]) for setting, values in scored.items()}
         scores[name] = {key: None if np.isnan(value) else 100 * value for key, value in fractions.items()}
     return scores
 

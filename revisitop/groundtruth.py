@@ -17,6 +17,11 @@ from revisitop import plain_pickle
 from revisitop.errors import ProtocolError
 
 LABELS = ("easy", "hard", "junk")
+# sha256 of the files at http://cmp.felk.cvut.cz/revisitop/data/datasets/
+OFFICIAL_SHA256 = {
+    "roxford5k": "ba7967754bd2d7d2210a5799f9c45ad5835e269a80ef9d3eba44caa35816c471",
+    "rparis6k": "d2e729a5293dda7dda8a15c8383424a42e4964a2c4cfea2f32fa85d11d2df499",
+}
 # Lists may be shared within a file, so a small file can stand for very many labels.
 MAX_LABELS = 10**8
 MAX_SIDE = 2**31  # pixels: NaN, infinity and integers that no float holds are larger
@@ -24,6 +29,11 @@ MAX_SIDE = 2**31  # pixels: NaN, infinity and integers that no float holds are l
 
 class GroundTruthError(ProtocolError):
     """A ground truth that cannot be used; the message is one line."""
+
+
+def path_of(data_dir: str | os.PathLike, name: str) -> Path:
+    """Where the ground truth of a set lies."""
+    return Path(data_dir) / name / f"gnd_{name}.pkl"
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ SETTINGS = {
     "M": (("easy", "hard"), ("junk",)),
     "H": (("hard",), ("junk", "easy")),
 }
+SETTING_NAMES = {"E": "Easy", "M": "Medium", "H": "Hard"}
 
 
 def evaluate(

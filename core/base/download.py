@@ -28,6 +28,7 @@ from tqdm import tqdm
 from core.base.arguments import Parser
 from core.base.errors import UserError, entry_point
 from core.base.files import atomic_write, sha256_file
+from core.base.terminal import reason_of
 
 TIMEOUT = 60  # seconds in which a server that sends fewer than SLOWEST bytes counts as lost
 SLOWEST = 1 << 16
@@ -347,8 +348,7 @@ def _one_line(error: Exception) -> str:
         return "the connection ended too early; run again to go on"
     if isinstance(error, TimeoutError):
         return f"{error}; run again to go on"
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    return text if text.isprintable() else ascii(text)
+    return reason_of(error)
 
 
 @entry_point

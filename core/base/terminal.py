@@ -35,6 +35,11 @@ def one_line(text: str) -> str:
     return f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
 
 
+def reason_of(error: BaseException) -> str:
+    """What an exception says, on one line of at most 300 characters; its type where it says nothing."""
+    return one_line(str(error))[:300] or type(error).__name__
+
+
 class _Printable:
     """A text stream that writes what `printable` makes of a text. What it cannot write is left out: `failure` is why.
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from core.base.errors import Failure, UserError
+from core.base.terminal import reason_of
 from core.checkpoints.position import Position
 from core.logging import log
 from core.processes.distributed import Agreement, gather_objects, rank, world_size
@@ -75,10 +76,10 @@ class Faults:
         if broken:
             self.count_broken()
         if failed:
-            own = self.failing
-            said = gather_objects(own and (" ".join(str(own).split()) or type(own).__name__))
-            number = next(number for number, line in enumerate(said) if line)
-            raise Failed(own or FailedElsewhere(f"process {number} of the run cannot go on: {said[number]}"))
+            reasons = gather_objects(self.failing and reason_of(self.failing))
+            number = next(number for number, reason in enumerate(reasons) if reason)
+            elsewhere = FailedElsewhere(f"process {number} of the run cannot go on: {reasons[number]}")
+            raise Failed(self.failing or elsewhere)
         self.check_broken()
         for number, count in zip(SIGNALS, signals, strict=True):
             if count:

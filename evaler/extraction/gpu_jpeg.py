@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from core.base.errors import UserError
+from core.base.terminal import reason_of
 from datasets.images.decode import TURNS
 
 GpuDecoder = Callable[[Tensor], Tensor]  # uint8 [bytes] in CPU memory -> uint8 [3, H, W] RGB
@@ -23,8 +24,8 @@ def nvjpeg() -> GpuDecoder:
     try:
         from torchvision.io import ImageReadMode, decode_jpeg
     except (ImportError, RuntimeError) as error:  # the latter by operators that are not there
-        reason = " ".join(str(error).split())
-        raise UserError(f"INFER.GPU_JPEG needs torchvision ({reason}); install it, or leave the key False") from None
+        mend = "install it, or leave the key False"
+        raise UserError(f"INFER.GPU_JPEG needs torchvision ({reason_of(error)}); {mend}") from None
     return lambda data: decode_jpeg(data, mode=ImageReadMode.RGB, device="cuda")
 
 

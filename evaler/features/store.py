@@ -32,6 +32,7 @@ import numpy as np
 from core.base.errors import UserError
 from core.base.files import atomic_write, sha256_file
 from core.base.json_files import parse, read_bytes, write_json
+from core.base.terminal import reason_of
 from datasets.normalisation import note_on_name
 from evaler.features.identity import RECORD_BYTES
 
@@ -204,7 +205,7 @@ def load(folder: str | os.PathLike, collection: str) -> Features:
     try:
         vectors = np.lib.format.open_memmap(npy, mode="r")  # unlike np.load it reads no .npz and no pickle
     except NPY_ERRORS as error:
-        raise FeaturesError(f"{npy}: not an array of numbers: {_one_line(error)}") from None
+        raise FeaturesError(f"{npy}: not an array of numbers: {reason_of(error)}") from None
     if not (vectors.dtype.isnative and vectors.flags.c_contiguous):
         raise FeaturesError(f"{npy}: not in the order of bytes and rows of this machine; extract it again")
     expected = (description["count"], description["dim"])
@@ -225,7 +226,7 @@ def read_manifest(folder: str | os.PathLike, collection: str) -> dict:
     except FileNotFoundError:
         raise FeaturesError(f"{folder}: {_absence(Path(folder), collection)}") from None
     except (OSError, ValueError) as error:
-        raise FeaturesError(f"{path}: not a manifest: {_one_line(error)}; extract it again") from None
+        raise FeaturesError(f"{path}: not a manifest: {reason_of(error)}; extract it again") from None
     if type(description) is dict and type(format := description.get("format")) is int and format != MANIFEST_FORMAT:
         raise FeaturesError(f"{path}: format {format}, this code reads format {MANIFEST_FORMAT}")
     if not _is_manifest(description):
@@ -374,7 +375,3 @@ def _is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

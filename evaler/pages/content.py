@@ -18,15 +18,13 @@ from evaler.scoring.labels import KAPPAS, labels_of_folders, read_labels
 from evaler.scoring.ranked_lists import SAME, RankedList, mean_curve, own_lists, revisited_lists
 from evaler.scoring.revisited import (
     NO_REFINEMENT,
-    SETTING_NAMES,
     load_distractors,
     load_set,
     score_loaded,
-    truth_path,
 )
 from evaler.sources.images import DISTRACTORS, distractors, revisited_set
 from revisitop import groundtruth
-from revisitop.protocol import SETTINGS
+from revisitop.protocol import SETTING_NAMES, SETTINGS
 
 FOLDERS = "folders"
 
@@ -45,7 +43,7 @@ def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -
 
     Raises as `evaler.scoring.revisited.load_set`, and UserError for runs that cannot be compared.
     """
-    gnd_path = truth_path(cfg.INFER.DATA_DIR, name)
+    gnd_path = groundtruth.path_of(cfg.INFER.DATA_DIR, name)
     truth = groundtruth.load(gnd_path)
     lists, scores, behind = [], [], []
     for run in runs:

@@ -5,13 +5,9 @@ from pathlib import Path
 
 from core.base.version import code_version
 from evaler.sources.images import DISTRACTORS
+from revisitop.groundtruth import OFFICIAL_SHA256
 
 COMPLETE = 1_001_001  # images of R1M
-# sha256 of the ground truth at http://cmp.felk.cvut.cz/revisitop/data/datasets/
-OFFICIAL = {
-    "roxford5k": "ba7967754bd2d7d2210a5799f9c45ad5835e269a80ef9d3eba44caa35816c471",
-    "rparis6k": "d2e729a5293dda7dda8a15c8383424a42e4964a2c4cfea2f32fa85d11d2df499",
-}
 # mAP of DOLG, Medium and Hard, as its authors published them (Yang et al., ICCV 2021, and their release):
 # depth, queries cropped or not -> set, with R1M or not -> scores.
 PUBLISHED = {
@@ -66,7 +62,7 @@ def make_card(
         "dtype": database["dtype"],
         "post_processing": list(post_processing),
         "ground_truth_sha256": ground_truth_sha256,
-        "ground_truth_official": OFFICIAL[name] == ground_truth_sha256 if name in OFFICIAL else None,
+        "ground_truth_official": OFFICIAL_SHA256[name] == ground_truth_sha256 if name in OFFICIAL_SHA256 else None,
         "extracted_by": told.get("code_version"),
         "scored_by": code_version(),
     }

@@ -9,7 +9,7 @@ import numpy as np
 from core.base.arguments import Parser
 from core.base.errors import UserError, entry_point
 from core.base.json_files import write_json
-from evaler.scoring.revisited import SETTING_NAMES
+from revisitop.protocol import SETTING_NAMES
 
 SAMPLES = 10_000
 CONFIDENCE = 95  # percent

@@ -25,7 +25,6 @@ from revisitop.groundtruth import GroundTruth
 from revisitop.scores import Rows
 
 KAPPAS = (1, 5, 10)
-SETTING_NAMES = {"E": "Easy", "M": "Medium", "H": "Hard"}
 # What may differ between a set and the distractors behind it: their list, queries, and where they were described.
 DISTRACTORS_MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
 NO_REFINEMENT = Refinement()
@@ -105,7 +104,7 @@ def table(score: dict) -> str:
         origin += f", scales {' '.join(f'{scale:g}' for scale in provenance['scales'])}"
     heads = ["mAP", *(f"mP@{kappa}" for kappa in score["kappas"])]
     lines = [f"{name}: {counts}", origin, "", " " * 10 + "".join(f"{head:>9}" for head in heads)]
-    for setting, name in SETTING_NAMES.items():
+    for setting, name in protocol.SETTING_NAMES.items():
         values = [score[setting]["mAP"], *score[setting]["mP@k"]]
         cells = "".join(f"{'-' if value is None else f'{value:.2f}':>9}" for value in values)
         counted = sum(ap is not None for ap in score[setting]["aps"])
@@ -139,7 +138,7 @@ def score_set(
 
     With distractors the file is `<name>_with_distractors.json`, and `_processed` is put behind it with refinement.
     """
-    gnd_path = truth_path(data_dir, name)
+    gnd_path = groundtruth.path_of(data_dir, name)
     ground_truth = groundtruth.load(gnd_path)
     folder = Path(out_dir) / "features" / name
     loaded = load_set(folder, ground_truth, distractors=distractors, refinement=refinement)
@@ -186,11 +185,6 @@ def score_loaded(
     }
 
 
-def truth_path(data_dir: str | os.PathLike, name: str) -> Path:
-    """Where the ground truth of a set lies."""
-    return Path(data_dir) / name / f"gnd_{name}.pkl"
-
-
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     cfg = load_cfg_from_args("Score the descriptors of Revisited sets (easy / medium / hard).", argv)
@@ -208,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
             score, path = score_set(name, cfg.INFER.DATA_DIR, cfg.OUT_DIR, distractors=behind, refinement=refinement)
             if behind is None:
                 _tell_of_other_settings(cfg, score)
-                _tell_of_own_queries(name, truth_path(cfg.INFER.DATA_DIR, name))
+                _tell_of_own_queries(name, groundtruth.path_of(cfg.INFER.DATA_DIR, name))
             print(f"\n{table(score)}\n\n  written to {path}")
 
 

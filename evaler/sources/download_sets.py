@@ -51,14 +51,14 @@ def known_sets(environment: Mapping[str, str]) -> dict[str, RetrievalSet]:
             f"{truth}/roxford5k/gnd_roxford5k.pkl",
             (f"{base['ROXFORD_BASE_URL']}/oxbuild_images-v1.tgz",),
             images=4993 + 70,
-            sha256="ba7967754bd2d7d2210a5799f9c45ad5835e269a80ef9d3eba44caa35816c471",
+            sha256=groundtruth.OFFICIAL_SHA256["roxford5k"],
         ),
         RetrievalSet(
             "rparis6k",
             f"{truth}/rparis6k/gnd_rparis6k.pkl",
             tuple(f"{base['RPARIS_BASE_URL']}/paris_{part}-v1.tgz" for part in (1, 2)),
             images=6322 + 70,
-            sha256="d2e729a5293dda7dda8a15c8383424a42e4964a2c4cfea2f32fa85d11d2df499",
+            sha256=groundtruth.OFFICIAL_SHA256["rparis6k"],
         ),
         distractors(base["REVISITOP1M_BASE_URL"]),
     )

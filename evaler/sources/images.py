@@ -24,7 +24,7 @@ DISTRACTORS = "revisitop1m"  # the set without queries
 def revisited_set(data_dir: str | os.PathLike, name: str, *, crop_query: bool) -> dict[str, ImageList]:
     """The collections `queries` and `database` of DATA_DIR/<name>; queries with their boxes if they are cropped."""
     folder = Path(data_dir) / name
-    truth = groundtruth.load(folder / f"gnd_{name}.pkl")
+    truth = groundtruth.load(groundtruth.path_of(data_dir, name))
     boxes = [query.bbx for query in truth.gnd] if crop_query else None
 
     def images(names: Sequence[str], boxes: list[Box | None] | None) -> ImageList:

@@ -27,8 +27,6 @@ from model.inference import for_inference
 from revisitop import groundtruth, protocol
 from scripts.benchmarks.timing import machine, versions
 
-SETTINGS = ("E", "M", "H")
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -99,7 +97,7 @@ def drift(cfg: CfgNode, *, most: int | None = None, compiled: bool = False) -> l
     name, collections = next(iter(image_lists(cfg).items()))
     truth = None
     if most is None and "database" in collections:
-        truth = groundtruth.load(Path(cfg.INFER.DATA_DIR) / name / f"gnd_{name}.pkl")
+        truth = groundtruth.load(groundtruth.path_of(cfg.INFER.DATA_DIR, name))
     wanted = variants(compiled=compiled, gpu=gpu)
     networks = {way: _network(plain, way) for way in {variant.network for variant in wanted}}
     count = sum(min(len(images), most or len(images)) for images in collections.values())
@@ -116,7 +114,7 @@ def drift(cfg: CfgNode, *, most: int | None = None, compiled: bool = False) -> l
             scores = ()
             if truth is not None:
                 found = protocol.evaluate(vectors["queries"], vectors["database"], truth, (1,))
-                scores = tuple(100 * float(found[setting]["mAP"]) for setting in SETTINGS)
+                scores = tuple(100 * float(found[setting]["mAP"]) for setting in protocol.SETTINGS)
             seconds = sum(found[1] for found in described.values())
             rows.append(Row(variant.name, distances.max().item(), distances.mean().item(), scores, count / seconds))
     return rows

@@ -9,10 +9,11 @@ import numpy as np
 
 from core.base.errors import UserError
 from core.logging import JSON_PREFIX
+from revisitop.protocol import SETTING_NAMES
 
 LOG_NAME = "stdout.log"  # that of core.checkpoints.output, which needs torch; curves are drawn where there is none
 KINDS = ("train_iter", "train_epoch", "test_epoch", "retrieval")  # what core.trainer logs of an epoch
-LEVELS = ("easy", "medium", "hard")
+LEVELS = tuple(name.lower() for name in SETTING_NAMES.values())
 
 
 @dataclass

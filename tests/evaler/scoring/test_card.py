@@ -2,7 +2,8 @@
 
 import pytest
 
-from evaler.scoring.card import COMPLETE, OFFICIAL, line, make_card, published, with_distractors
+from evaler.scoring.card import COMPLETE, line, make_card, published, with_distractors
+from revisitop.groundtruth import OFFICIAL_SHA256
 
 PROVENANCE = {
     "weights": "/w/model.pyth",
@@ -18,7 +19,7 @@ PROVENANCE = {
 }
 
 
-def card(name="roxford5k", distractors=0, sha256=OFFICIAL["roxford5k"], post=(), **provenance):
+def card(name="roxford5k", distractors=0, sha256=OFFICIAL_SHA256["roxford5k"], post=(), **provenance):
     manifest = {"provenance": PROVENANCE | provenance, "count": 3, "dim": 8, "dtype": "float32"}
     more = {"queries": 70, "distractors": distractors, "ground_truth_sha256": sha256, "post_processing": post}
     return make_card(name, manifest, **more)
