@@ -20,7 +20,8 @@ FLOORS = {
 MOST_FILES = 18  # in one folder, so that it is taken in at a glance
 TOP_LEVEL = PACKAGES | {
     *("configs", "docs", "pretrained", "tests"),
-    *("train.py", "hubconf.py", "README.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"),
+    *("train.py", "hubconf.py", "pyproject.toml"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"),
     *("requirements.txt", "requirements-cpu.txt", "requirements-dev.txt", "requirements-milvus.txt"),
 }
 
