@@ -49,118 +49,118 @@ _C.RESNET.STRIDE_1X1 = True  # stride in the 1x1 convolution; every published we
 # --------------------------------------------------------------------------------------------------- batch norm
 _C.BN = CfgNode()
 _C.BN.EPS = 1e-5  # added to the variance
-_C.BN.MOM = 0.1  # weight of the batch in the running average
-_C.BN.USE_PRECISE_STATS = False  # before validating and saving, take them from NUM_SAMPLES_PRECISE images anew
-_C.BN.NUM_SAMPLES_PRECISE = 1024  # images over all processes together
+_C.BN.MOM = 0.1  # weight of the current batch in the running average
+_C.BN.USE_PRECISE_STATS = False  # recompute running statistics before validating and saving
+_C.BN.NUM_SAMPLES_PRECISE = 1024  # images for that, summed over all processes
 _C.BN.ZERO_INIT_FINAL_GAMMA = False  # start every residual block as the identity
-_C.BN.USE_CUSTOM_WEIGHT_DECAY = False  # give batch-norm parameters a weight decay of their own
-_C.BN.CUSTOM_WEIGHT_DECAY = 0.0  # that decay
-_C.BN.SYNC = False  # statistics of a batch over all processes together (SyncBatchNorm; GPUs only)
+_C.BN.USE_CUSTOM_WEIGHT_DECAY = False  # use CUSTOM_WEIGHT_DECAY for batch-norm parameters
+_C.BN.CUSTOM_WEIGHT_DECAY = 0.0  # weight decay of batch-norm parameters
+_C.BN.SYNC = False  # SyncBatchNorm: batch statistics over all processes (GPUs only)
 
 # --------------------------------------------------------------------------------------------------- optimisation
 _C.OPTIM = CfgNode()
 _C.OPTIM.OPTIMIZER = "sgd"  # sgd | adamw
-_C.OPTIM.BASE_LR = 0.1  # rate of TRAIN.BATCH_SIZE images a step; it is not scaled with the batch
+_C.OPTIM.BASE_LR = 0.1  # learning rate for TRAIN.BATCH_SIZE images; not scaled with the batch
 _C.OPTIM.LR_POLICY = "cos"  # cos | steps | exp
-_C.OPTIM.LR_PER_ITER = False  # False: the rate is set once an epoch, as published; True: at every iteration
-_C.OPTIM.HEAD_LR_MULT = 1.0  # rate of the classification head as a multiple of the others'
-_C.OPTIM.GAMMA = 0.1  # factor an epoch of the exp policy
-_C.OPTIM.STEPS = [0, 30, 60, 90]  # first epochs of the steps policy's stages; the first is 0
-_C.OPTIM.LR_MULT = 0.1  # factor a stage of the steps policy
-_C.OPTIM.MAX_EPOCH = 200  # 0 writes the untrained network as model_epoch_0000.pyth and ends
-_C.OPTIM.MOMENTUM = 0.9  # of SGD
-_C.OPTIM.DAMPENING = 0.0  # of the momentum
-_C.OPTIM.NESTEROV = True  # Nesterov's momentum
-_C.OPTIM.BETAS = [0.9, 0.999]  # of adamw
-_C.OPTIM.WEIGHT_DECAY = 5e-4  # on every parameter, batch norm and biases included; the recipes use 1e-4
-_C.OPTIM.WARMUP_FACTOR = 0.1  # the warm-up starts at this fraction of the rate
-_C.OPTIM.WARMUP_EPOCHS = 0  # length of the linear warm-up
-_C.OPTIM.CLIP_GRAD = 0.0  # largest norm of the whole gradient, longer ones are scaled down to it; 0: no clipping
-_C.OPTIM.EMA_DECAY = 0.0  # keep a moving average of the weights, which is validated and extracted with; 0: none
+_C.OPTIM.LR_PER_ITER = False  # update the rate every iteration; False updates it once per epoch, as published
+_C.OPTIM.HEAD_LR_MULT = 1.0  # learning rate of the classification head = this * the rate
+_C.OPTIM.GAMMA = 0.1  # exp policy: factor per epoch
+_C.OPTIM.STEPS = [0, 30, 60, 90]  # steps policy: first epoch of each stage, starting with 0
+_C.OPTIM.LR_MULT = 0.1  # steps policy: factor per stage
+_C.OPTIM.MAX_EPOCH = 200  # number of epochs; 0 writes the untrained network as model_epoch_0000.pyth and exits
+_C.OPTIM.MOMENTUM = 0.9  # SGD momentum
+_C.OPTIM.DAMPENING = 0.0  # SGD dampening
+_C.OPTIM.NESTEROV = True  # SGD with Nesterov momentum
+_C.OPTIM.BETAS = [0.9, 0.999]  # AdamW betas
+_C.OPTIM.WEIGHT_DECAY = 5e-4  # on all parameters, batch norm and biases included; the recipes use 1e-4
+_C.OPTIM.WARMUP_FACTOR = 0.1  # warm-up starts at this fraction of the learning rate
+_C.OPTIM.WARMUP_EPOCHS = 0  # epochs of linear warm-up
+_C.OPTIM.CLIP_GRAD = 0.0  # maximum norm of the whole gradient; 0 disables clipping
+_C.OPTIM.EMA_DECAY = 0.0  # moving average of the weights, used for validation and extraction; 0 disables it
 
 # ------------------------------------------------------------------------------------------------------- training
 _C.TRAIN = CfgNode()
 _C.TRAIN.DATASET = "landmark"  # folder in DATA_LOADER.DATA_DIR
-_C.TRAIN.SPLIT = "train_list.txt"  # list file in that folder, `path label` a line
-_C.TRAIN.BATCH_SIZE = 128  # images a step over all processes together
-_C.TRAIN.IM_SIZE = 224  # side of the square crop, pixels
-_C.TRAIN.EVAL_PERIOD = 1  # validate every so many epochs, and after the last
-_C.TRAIN.CHECKPOINT_PERIOD = 1  # save every so many epochs, and after the last
-_C.TRAIN.CHECKPOINT_ITERS = 0  # inside an epoch save every so many iterations too; 0: only at the ends of epochs
-_C.TRAIN.KEEP_CHECKPOINTS = 0  # keep the newest so many, and model_best.pyth; 0: all that end an epoch
-_C.TRAIN.AUTO_RESUME = True  # go on from OUT_DIR's newest checkpoint (the release's default was False)
+_C.TRAIN.SPLIT = "train_list.txt"  # list file in that folder, one `path label` per line
+_C.TRAIN.BATCH_SIZE = 128  # images per step, summed over all processes
+_C.TRAIN.IM_SIZE = 224  # side of the square crop in pixels
+_C.TRAIN.EVAL_PERIOD = 1  # epochs between validations; the last epoch is always validated
+_C.TRAIN.CHECKPOINT_PERIOD = 1  # epochs between checkpoints; the last epoch is always saved
+_C.TRAIN.CHECKPOINT_ITERS = 0  # iterations between checkpoints inside an epoch; 0 saves at the ends of epochs only
+_C.TRAIN.KEEP_CHECKPOINTS = 0  # newest checkpoints to keep, besides model_best.pyth; 0 keeps the end of every epoch
+_C.TRAIN.AUTO_RESUME = True  # resume from the newest checkpoint in OUT_DIR (the release's default was False)
 _C.TRAIN.WEIGHTS = ""  # initial weights: a file or an http(s) address
-_C.TRAIN.PRECISION = "fp32"  # fp32 | tf32 | bf16 | fp16; the head and the loss are float32 in all of them
-_C.TRAIN.COMPILE = False  # torch.compile of the network; the first step takes about a minute
-_C.TRAIN.ACCUM_STEPS = 1  # split a process's share of the batch into so many parts, to save memory
-_C.TRAIN.SAMPLING = "uniform"  # uniform: each image once an epoch | class_balanced: each class equally often
-_C.TRAIN.FREEZE_AT = 0  # hold still: 1 the stem, 2 also s1, ... 5 the whole backbone; 0: nothing
-_C.TRAIN.FREEZE_BN = False  # hold the backbone's batch norm still, statistics and parameters
+_C.TRAIN.PRECISION = "fp32"  # fp32 | tf32 | bf16 | fp16; head and loss are always float32
+_C.TRAIN.COMPILE = False  # torch.compile the network; the first step takes about a minute
+_C.TRAIN.ACCUM_STEPS = 1  # gradient accumulation: parts that each process's share of the batch is split into
+_C.TRAIN.SAMPLING = "uniform"  # uniform: every image once per epoch | class_balanced: every class equally often
+_C.TRAIN.FREEZE_AT = 0  # freeze 1: the stem, 2: also s1, ... 5: the whole backbone; 0 freezes nothing
+_C.TRAIN.FREEZE_BN = False  # freeze the backbone's batch norm, statistics and parameters
 
 # --------------------------------------------------------------------------------- validation and tested weights
 _C.TEST = CfgNode()
 _C.TEST.DATASET = "landmark"  # folder in DATA_LOADER.DATA_DIR
-_C.TEST.SPLIT = "val_list.txt"  # empty: no validation
-_C.TEST.BATCH_SIZE = 200  # images a step of validation over all processes together
-_C.TEST.IM_SIZE = 256  # the shorter side is scaled to this, then a TRAIN.IM_SIZE square is cut from the centre
-_C.TEST.RETRIEVAL = []  # Revisited sets in INFER.DATA_DIR to score at every TRAIN.EVAL_PERIOD
+_C.TEST.SPLIT = "val_list.txt"  # list file in that folder; empty: no validation
+_C.TEST.BATCH_SIZE = 200  # images per validation step, summed over all processes
+_C.TEST.IM_SIZE = 256  # resize the shorter side to this, then cut the central TRAIN.IM_SIZE square
+_C.TEST.RETRIEVAL = []  # Revisited sets in INFER.DATA_DIR to score every TRAIN.EVAL_PERIOD epochs
 _C.TEST.WEIGHTS = ""  # weights to extract with; empty: the newest checkpoint in OUT_DIR
 
 _C.DATA_LOADER = CfgNode()
 _C.DATA_LOADER.DATA_DIR = "datasets/data"  # lists are at DATA_DIR/<DATASET>/<SPLIT>
-_C.DATA_LOADER.NUM_WORKERS = 4  # loader processes for each training process
-_C.DATA_LOADER.MODE = "exact"  # exact: the published arithmetic | fast: uint8 resizing, the rest on the device
-_C.DATA_LOADER.SKIP_BROKEN = 0  # so many unreadable images may be replaced by the next of the list; 0: stop at once
+_C.DATA_LOADER.NUM_WORKERS = 4  # loader processes per training process
+_C.DATA_LOADER.MODE = "exact"  # exact: the published arithmetic | fast: resize in uint8, do the rest on the device
+_C.DATA_LOADER.SKIP_BROKEN = 0  # maximum unreadable images, each replaced by the next in the list; 0 fails on the first
 _C.DATA_LOADER.PIN_MEMORY = True  # page-locked batches, for faster copies to the GPU
-_C.DATA_LOADER.TIMEOUT = 60.0  # seconds until an image that a worker has not finished ends the run; 0: never
+_C.DATA_LOADER.TIMEOUT = 60.0  # seconds a worker may take for one image before the run fails; 0 waits for ever
 
 # ----------------------------------------------------------------------------------------------------- extraction
 _C.INFER = CfgNode()
 _C.INFER.DATASETS = ["roxford5k", "rparis6k"]  # Revisited sets to extract and score
 _C.INFER.DATA_DIR = "datasets/data"  # a set is DATA_DIR/<name>/gnd_<name>.pkl and DATA_DIR/<name>/jpg/
-_C.INFER.IMAGES = ""  # a folder, a list file or tar archives, extracted in place of the sets
+_C.INFER.IMAGES = ""  # a folder, a list file or tar archives to extract instead of the sets
 _C.INFER.CROP_QUERY = True  # crop queries to their box (the protocol); False for the other published numbers
-_C.INFER.SCALES = [0.3535, 0.5, 0.7071, 1.0, 1.4142]  # an image is described at each, and the mean is taken
-_C.INFER.TOTAL_NUM = 1  # shards the images are split into (the release's default was 4)
-_C.INFER.CUT_NUM = 1  # this process's shard, 1 .. TOTAL_NUM
-_C.INFER.CHUNK_SIZE = 128  # images written at once: what a restart may have to do again
-_C.INFER.BATCH_SIZE = 0  # images of one size described together; 0: 1 on the CPU, 8 on a GPU
-_C.INFER.NUM_WORKERS = -1  # processes that decode ahead of the network, for each shard; -1: 4 on a GPU, none on the CPU
-_C.INFER.PRECISION = "fp32"  # fp32 | bf16 | fp16 of the network; the descriptor is float32 in all of them
-_C.INFER.COMPILE = False  # torch.compile of the network
-_C.INFER.GPU_JPEG = False  # decode JPEGs on the GPU (needs torchvision): less work for the CPU, slightly other pixels
-_C.INFER.THREADS = 1  # of a shard on the CPU; sums in float32 depend on it
-_C.INFER.SKIP_BROKEN = 0  # so many images of a collection may be rejected and listed; 0: the first one stops
-_C.INFER.MIN_SIDE = 16  # pixels; an image, or a query's box, with a shorter side is rejected
-_C.INFER.MAX_ASPECT = 50.0  # so is one whose longer side is more than this times the shorter
-_C.INFER.MAX_PIXELS = 2**26  # and one whose header tells of more pixels, before it is decoded
-_C.INFER.MAX_LEVEL_PIXELS = 2**25  # an image with more at its largest scale is made smaller first
-_C.INFER.DTYPE = "float32"  # float32 | float16 of the descriptors on disk
-_C.INFER.EXPORT = []  # also write them as: mat, npz
+_C.INFER.SCALES = [0.3535, 0.5, 0.7071, 1.0, 1.4142]  # scales of the image pyramid; their descriptors are averaged
+_C.INFER.TOTAL_NUM = 1  # number of shards (the release's default was 4)
+_C.INFER.CUT_NUM = 1  # shard of this process, 1 .. TOTAL_NUM
+_C.INFER.CHUNK_SIZE = 128  # images per chunk; an interrupted chunk is extracted again
+_C.INFER.BATCH_SIZE = 0  # images of equal size per batch; 0: 1 on the CPU, 8 on a GPU
+_C.INFER.NUM_WORKERS = -1  # decoding processes per shard; -1: 4 on a GPU, none on the CPU
+_C.INFER.PRECISION = "fp32"  # fp32 | bf16 | fp16; descriptors are always float32
+_C.INFER.COMPILE = False  # torch.compile the network
+_C.INFER.GPU_JPEG = False  # decode JPEGs on the GPU (needs torchvision): saves CPU time, changes pixels slightly
+_C.INFER.THREADS = 1  # threads per shard on the CPU; float32 sums depend on it
+_C.INFER.SKIP_BROKEN = 0  # maximum rejected images per collection; 0 fails on the first
+_C.INFER.MIN_SIDE = 16  # minimum side in pixels of an image, or of a query's box; smaller ones are rejected
+_C.INFER.MAX_ASPECT = 50.0  # maximum ratio of the longer side to the shorter; images above it are rejected
+_C.INFER.MAX_PIXELS = 2**26  # maximum pixels according to the header; images above it are rejected before decoding
+_C.INFER.MAX_LEVEL_PIXELS = 2**25  # maximum pixels at the largest scale; larger images are shrunk first
+_C.INFER.DTYPE = "float32"  # float32 | float16 for descriptors on disk
+_C.INFER.EXPORT = []  # further formats to write: mat, npz
 
 # -------------------------------------------------------------------------------------------------------- scoring
 _C.SCORE = CfgNode()
-_C.SCORE.WHITENING = ""  # a file of evaler/whiten.py: PCA whitening, learned on another set than the scored one
-_C.SCORE.DBA = 0  # database augmentation: so many neighbours are added to each image; 0: none
-_C.SCORE.DBA_ALPHA = 3.0  # each with its similarity to this power
-_C.SCORE.QE = 0  # query expansion: so many of the images found are added to each query; 0: none
-_C.SCORE.QE_ALPHA = 3.0  # each with its similarity to this power; 0: average query expansion
-_C.SCORE.RERANK = 0  # re-rank so many first images of each query as SuperGlobal does (400 there); 0: not
-_C.SCORE.RERANK_NEIGHBOURS = 9  # of each of them that refine it
-_C.SCORE.RERANK_BETA = 0.15  # by their similarity times this
+_C.SCORE.WHITENING = ""  # PCA whitening file from evaler/whiten.py, learned on a set other than the scored one
+_C.SCORE.DBA = 0  # database augmentation: neighbours added to each image; 0 disables it
+_C.SCORE.DBA_ALPHA = 3.0  # neighbour weight = similarity ** alpha
+_C.SCORE.QE = 0  # query expansion: top results added to each query; 0 disables it
+_C.SCORE.QE_ALPHA = 3.0  # result weight = similarity ** alpha; 0 is average query expansion
+_C.SCORE.RERANK = 0  # number of top results to re-rank (SuperGlobal; the paper uses 400); 0 disables it
+_C.SCORE.RERANK_NEIGHBOURS = 9  # neighbours averaged into each candidate
+_C.SCORE.RERANK_BETA = 0.15  # neighbour weight = beta * similarity
 
 # --------------------------------------------------------------------------------------------------------- search
 _C.SEARCH = CfgNode()
-_C.SEARCH.INDEX = ""  # a faiss index by its factory string, e.g. IVF4096,Flat; empty: exact search
-_C.SEARCH.PARAMETERS = ""  # of that index when it is searched, e.g. nprobe=32
-_C.SEARCH.URI = ""  # search in Milvus instead: x.db (its embedded edition) or http://HOST:19530; empty: no
+_C.SEARCH.INDEX = ""  # faiss factory string, e.g. IVF4096,Flat; empty: exact search
+_C.SEARCH.PARAMETERS = ""  # search-time parameters of that index, e.g. nprobe=32
+_C.SEARCH.URI = ""  # search in Milvus: x.db (embedded) or http://HOST:19530; empty: no Milvus
 
 # --------------------------------------------------------------------------------------------------------- devices
-_C.NUM_GPUS = 1  # one process a GPU; 0 is the CPU. Under torchrun its process count decides, this only GPU or CPU
+_C.NUM_GPUS = 1  # one process per GPU; 0 runs on the CPU. Under torchrun only the choice of GPU or CPU counts
 _C.DIST_BACKEND = "nccl"  # between GPUs; on the CPU it is always gloo
-_C.DIST_TIMEOUT = 600  # seconds until a process that waits for the others gives up and ends the run
-_C.HOST = "localhost"  # where the processes started by train.py itself meet
-_C.PORT = 0  # at which port of HOST; 0: at a free one (the release's default was 10001)
+_C.DIST_TIMEOUT = 600  # seconds a process waits for the others before the run fails
+_C.HOST = "localhost"  # rendezvous host of the processes that train.py starts
+_C.PORT = 0  # rendezvous port; 0 picks a free one (the release's default was 10001)
 _C.CUDNN = CfgNode()
 _C.CUDNN.BENCHMARK = True  # let cuDNN time its algorithms: faster for training's fixed size, not bit-reproducible
 _C.MEM = CfgNode()
@@ -168,12 +168,12 @@ _C.MEM.RELU_INPLACE = True  # overwrite the input of ReLU, which saves memory
 
 # ---------------------------------------------------------------------------------------------------------- output
 _C.OUT_DIR = "./output"  # checkpoints, logs, features and scores of this run (the release's default was /tmp)
-_C.CFG_DEST = "config.yaml"  # the configuration in effect, written to OUT_DIR
-_C.LOG_DEST = "both"  # stdout shows of OUT_DIR/stdout.log: both, short lines | stdout, every line | file, nothing
+_C.CFG_DEST = "config.yaml"  # file in OUT_DIR for the effective configuration
+_C.LOG_DEST = "both"  # stdout shows OUT_DIR/stdout.log as both (short lines) | stdout (every line) | file (nothing)
 _C.LOG_PERIOD = 10  # iterations between log lines
 _C.TENSORBOARD = False  # also write OUT_DIR/tensorboard (needs the package tensorboard)
-_C.RNG_SEED = 1  # of initial weights, sample order and augmentation
-_C.DOWNLOAD_CACHE = "~/.cache/dolg"  # where weights given by address are kept (the release's default was in /tmp)
+_C.RNG_SEED = 1  # seed of initial weights, sample order and augmentation
+_C.DOWNLOAD_CACHE = "~/.cache/dolg"  # folder for weights given by address (the release's default was in /tmp)
 
 
 # Keys whose values are files or folders (or, for some, addresses). DOWNLOAD_CACHE's `~` stays in a saved configuration.
