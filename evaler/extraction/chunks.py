@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ import numpy as np
 from core.base.files import atomic_write
 from core.base.json_files import parse, read_bytes, write_json
 from evaler.features.identity import RECORD_BYTES
-from evaler.features.provenance import PLACES, without
+from evaler.features.provenance import Provenance, Purpose
 from evaler.features.store import (
     DTYPES,
     Features,
@@ -53,14 +53,18 @@ class Plan:
     chunk_size: int
     names_sha256: str  # of `name_lines` of all names in their order
     dtype: str  # of the collection that the chunks become; they are float32
-    provenance: dict
+    provenance: Provenance
+
+    def to_json(self) -> dict:
+        """What stands in `plan.json`."""
+        return vars(self) | {"provenance": self.provenance.to_json()}
 
     @property
     def digest(self) -> str:
         """Tells two extractions apart: 64 hexadecimal digits."""
-        content = asdict(self) | {
+        content = self.to_json() | {
             "format": CHUNK_FORMAT,
-            "provenance": without(self.provenance, PLACES),
+            "provenance": self.provenance.relevant(Purpose.SAME_COLLECTION).to_json(),
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -92,7 +96,7 @@ def write_plan(parent: str | os.PathLike, plan: Plan) -> Path:
     """Make the folder of the chunks with its plan, unless it is there; return it."""
     folder = plan.folder(parent)
     if not (folder / "plan.json").exists():
-        write_json(folder / "plan.json", asdict(plan), sort_keys=True)
+        write_json(folder / "plan.json", plan.to_json(), sort_keys=True)
     return folder
 
 
@@ -100,11 +104,12 @@ def read_plan(folder: Path) -> Plan:
     """Raises `FeaturesError` for a folder whose plan is absent, no plan, or not the one the folder is named for."""
     path = folder / "plan.json"
     try:
-        plan = Plan(**parse(read_bytes(path, MOST_HEADER_BYTES)))
+        content = parse(read_bytes(path, MOST_HEADER_BYTES))
+        plan = Plan(**content | {"provenance": Provenance.from_json(content["provenance"])})
         fitting = _is_plan(plan) and folder.name == plan.folder(folder.parent).name
     except FileNotFoundError:
         raise FeaturesError(f"{path}: missing; delete the folder {folder} and extract again") from None
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         fitting = False
     if not fitting:
         raise FeaturesError(f"{path}: not the plan of this folder; delete the folder and extract again")
@@ -112,7 +117,7 @@ def read_plan(folder: Path) -> Plan:
 
 
 def _is_plan(plan: Plan) -> bool:
-    types = {"collection": str, "images": int, "chunk_size": int, "names_sha256": str, "dtype": str, "provenance": dict}
+    types = {"collection": str, "images": int, "chunk_size": int, "names_sha256": str, "dtype": str}
     return (
         all(type(getattr(plan, key)) is kind for key, kind in types.items())
         and re.fullmatch(r"[A-Za-z0-9_-]+", plan.collection) is not None

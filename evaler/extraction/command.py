@@ -24,6 +24,7 @@ from evaler.extraction.gpu_jpeg import nvjpeg
 from evaler.extraction.job import Job, batch_size_of
 from evaler.extraction.join import discard
 from evaler.features.exports import export
+from evaler.features.provenance import Provenance
 from evaler.sources.images import DISTRACTORS, ImageList, distractors, named_images, revisited_set
 from model.inference import for_inference
 
@@ -68,7 +69,7 @@ def which_shard(cfg: CfgNode) -> tuple[int, int]:
     return here.rank + 1, here.world
 
 
-def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
+def load_network(cfg: CfgNode) -> tuple[nn.Module, Provenance]:
     """The descriptor network on this process's device, ready to describe, and the provenance of what it will give."""
     gpu = cfg.NUM_GPUS > 0 and torch.cuda.is_available()
     if cfg.NUM_GPUS and not gpu:
@@ -92,31 +93,28 @@ def load_network(cfg: CfgNode) -> tuple[nn.Module, dict]:
         print(note)
     network = network.to("cuda" if gpu else "cpu", memory_format=torch.channels_last).eval()
     batch_size = batch_size_of(cfg, gpu=gpu)
-    provenance = {
-        "weights": str(path),
-        "weights_sha256": sha256_file(path),
-        "depth": cfg.MODEL.DEPTH,
-        "with_ma": cfg.MODEL.WITH_MA,
-        "fusion": cfg.MODEL.FUSION,
-        "stride_1x1": cfg.RESNET.STRIDE_1X1,
-        "bn_eps": cfg.BN.EPS,
-        "scales": list(cfg.INFER.SCALES),
-        "crop_query": cfg.INFER.CROP_QUERY,
-        "precision": cfg.INFER.PRECISION,
-        "compiled": cfg.INFER.COMPILE,
-        "resize": "bilinear",
-        "max_level_pixels": cfg.INFER.MAX_LEVEL_PIXELS,
-        "batch_size": batch_size,
-        "device": "GPU" if gpu else "CPU",
-        "code_version": code_version(),
-        "torch": torch.__version__,
-    }
-    if batch_size > 1:
-        provenance["chunk_size"] = cfg.INFER.CHUNK_SIZE  # which images share a batch
-    if not gpu:
-        provenance["threads"] = cfg.INFER.THREADS
-    if cfg.INFER.GPU_JPEG:
-        provenance["decoder"] = "nvJPEG"  # its pixels are others
+    provenance = Provenance(
+        weights=str(path),
+        weights_sha256=sha256_file(path),
+        depth=cfg.MODEL.DEPTH,
+        with_ma=cfg.MODEL.WITH_MA,
+        fusion=cfg.MODEL.FUSION,
+        stride_1x1=cfg.RESNET.STRIDE_1X1,
+        bn_eps=cfg.BN.EPS,
+        scales=tuple(cfg.INFER.SCALES),
+        crop_query=cfg.INFER.CROP_QUERY,
+        precision=cfg.INFER.PRECISION,
+        compiled=cfg.INFER.COMPILE,
+        resize="bilinear",
+        max_level_pixels=cfg.INFER.MAX_LEVEL_PIXELS,
+        batch_size=batch_size,
+        device="GPU" if gpu else "CPU",
+        code_version=code_version(),
+        torch=str(torch.__version__),
+        chunk_size=cfg.INFER.CHUNK_SIZE if batch_size > 1 else None,  # which images share a batch
+        threads=None if gpu else cfg.INFER.THREADS,
+        decoder="nvJPEG" if cfg.INFER.GPU_JPEG else None,  # its pixels are others
+    )
     return for_inference(network, precision=cfg.INFER.PRECISION, compiled=cfg.INFER.COMPILE), provenance
 
 

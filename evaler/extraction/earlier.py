@@ -3,19 +3,20 @@
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from evaler.extraction.chunks import Plan, plans, present, read_chunk, read_plan
 from evaler.features.identity import IDENTITY_BYTES, Identities
-from evaler.features.provenance import LIST_KEYS, PLACES, differing_keys
+from evaler.features.provenance import Provenance, Purpose
 from evaler.features.store import Features, FeaturesError, check_length, load, read_manifest, read_records
 
 
-def made_alike(provenance: dict, plan: Plan) -> bool:
+def made_alike(provenance: Provenance, plan: Plan) -> bool:
     """Whether descriptors of this provenance are what the plan would make, but for the list of images."""
-    return not differing_keys(provenance, plan.provenance, but=(*PLACES, *LIST_KEYS))
+    return not provenance.differing(plan.provenance, Purpose.REUSABLE)
 
 
 class Earlier:
@@ -143,9 +144,7 @@ def _complete(parent: Path, plan: Plan) -> Iterable[_Source]:
         return  # absent or damaged: nothing of it can be used
     records = read_records(parent, plan.collection, manifest)
     if records is not None:
-        whole = Features(
-            features.names, features.vectors, features.sizes, {}, features.rejected, features.machines, records
-        )
+        whole = replace(features, records=records)
         yield _Source([(0, 0)], lambda number: whole)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from evaler.extraction.join import discard, join, missing
 from evaler.extraction.multiscale import describe_batch
 from evaler.extraction.pictures import Broken, Limits, Picture, Pictures, by_size, decoded
 from evaler.features.identity import IDENTITY_BYTES, Identities
-from evaler.features.provenance import PLACES, differing_keys
+from evaler.features.provenance import Provenance, Purpose
 from evaler.features.store import (
     Features,
     FeaturesError,
@@ -69,7 +69,7 @@ class Job:
 
     @classmethod
     def make(
-        cls, cfg: CfgNode, network: nn.Module, provenance: dict, parent: Path, collection: str, images: ImageList
+        cls, cfg: CfgNode, network: nn.Module, provenance: Provenance, parent: Path, collection: str, images: ImageList
     ) -> "Job":
         """Raises `ImageError` for an image that is missing, unless INFER.SKIP_BROKEN leaves room for it."""
         limits, stat = limits_of(cfg), images.stat()
@@ -84,11 +84,11 @@ class Job:
             cfg.INFER.CHUNK_SIZE,
             hashlib.sha256(name_lines(images.names)).hexdigest(),
             cfg.INFER.DTYPE,
-            {
-                **provenance,
-                "list_sha256": images.sha256(missing_ok=cfg.INFER.SKIP_BROKEN > 0, stat=stat),
-                "limits": [limits.min_side, limits.max_aspect, limits.max_pixels],
-            },
+            replace(
+                provenance,
+                list_sha256=images.sha256(missing_ok=cfg.INFER.SKIP_BROKEN > 0, stat=stat),
+                limits=(limits.min_side, limits.max_aspect, limits.max_pixels),
+            ),
         )
         return cls(cfg, network, images, parent, plan, limits, Identities(images, stat, part))
 
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def workers(self) -> int:
-        return workers_of(self.cfg, gpu=self.plan.provenance["device"] == "GPU")
+        return workers_of(self.cfg, gpu=self.plan.provenance.device == "GPU")
 
     @property
     def folder(self) -> Path:
@@ -112,8 +112,8 @@ class Job:
             status = feature_path(self.parent, self.plan.collection).stat()
         except (FeaturesError, OSError):
             return False
-        same = not differing_keys(found["provenance"], self.plan.provenance, but=PLACES)
-        if not same or found["dtype"] != self.plan.dtype or len(found["rejected"]) > self.cfg.INFER.SKIP_BROKEN:
+        differing = found["provenance"].differing(self.plan.provenance, Purpose.SAME_COLLECTION)
+        if differing or found["dtype"] != self.plan.dtype or len(found["rejected"]) > self.cfg.INFER.SKIP_BROKEN:
             return False
         key = status.st_ino, status.st_mtime_ns
         if key not in self._verdicts:
@@ -202,7 +202,7 @@ class Job:
                     f"{self.title}: {taken} images of this shard's {sum(map(len, map(self.plan.rows, numbers)))} are "
                     "unchanged, their descriptors are taken over"
                 )
-                if self.plan.provenance["batch_size"] > 1:
+                if (self.plan.provenance.batch_size or 1) > 1:
                     print(
                         f"note: {self.title}: they were described in other batches, which moves the last digits; "
                         "for the very bytes of a fresh extraction use another OUT_DIR",
@@ -247,7 +247,7 @@ class Job:
             old = read_manifest(self.parent, self.plan.collection)
         except FeaturesError:
             return
-        keys = differing_keys(old["provenance"], self.plan.provenance, but=PLACES)
+        keys = old["provenance"].differing(self.plan.provenance, Purpose.SAME_COLLECTION)
         if keys:
             print(
                 f"note: {self.title}: {old['count']} descriptors extracted in another way (differs in "
@@ -261,8 +261,9 @@ class Job:
         except FeaturesError as error:
             print(f"note: {error}", file=sys.stderr)
             return
-        keys = differing_keys(other.provenance, self.plan.provenance, but=PLACES)
-        keys += differing_keys(vars(other), vars(self.plan), but=("provenance",))
+        keys = list(other.provenance.differing(self.plan.provenance, Purpose.SAME_COLLECTION))
+        settings = ("chunk_size", "collection", "dtype", "images", "names_sha256")
+        keys += [key for key in settings if getattr(other, key) != getattr(self.plan, key)]
         mend = "delete it if it is not wanted"
         if made_alike(other.provenance, self.plan):
             mend = (
@@ -297,7 +298,7 @@ class Job:
                 else:
                     yield item
 
-        for group in by_size(usable(), self.limits, batch_size=self.plan.provenance["batch_size"]):
+        for group in by_size(usable(), self.limits, batch_size=self.plan.provenance.batch_size or 1):
             pixels = torch.stack([picture.pixels for picture in group])
             found = describe_batch(
                 self.network, pixels, scales=self.limits.scales, max_pixels=self.limits.max_level_pixels

@@ -13,7 +13,7 @@ which descriptors still hold. Nothing else reads it, and a collection is complet
 The manifest is written last, so a collection that was cut off while it was written has none and is not taken for a
 whole one. Rows stand in the order of the list that was extracted; whoever needs an order asks for it by name (`align`).
 
-Provenance is a JSON object; `evaler/extraction/command.py` decides what stands in it, `provenance.py` compares.
+`provenance.py` says what the provenance is and compares it.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from core.base.json_files import parse, read_bytes, write_json
 from core.base.terminal import reason_of
 from datasets.normalisation import note_on_name
 from evaler.features.identity import RECORD_BYTES
+from evaler.features.provenance import Provenance, Purpose
 
 MANIFEST_FORMAT = 2
 RECORDS_FORMAT = 1
@@ -71,13 +72,13 @@ class Features:
     """Descriptors of N images.
 
     vectors: float32 or float16 [N, D], possibly memory-mapped. sizes: int32 [N, 2], width and height in pixels of the
-    decoded and cropped picture. provenance: JSON-able, e.g. weights_sha256, scales, crop_query, code_version.
+    decoded and cropped picture.
     """
 
     names: list[str]
     vectors: np.ndarray
     sizes: np.ndarray
-    provenance: dict
+    provenance: Provenance
     rejected: list[Rejected] = field(default_factory=list)
     machines: list[str] = field(default_factory=list)  # what they were made on
     records: np.ndarray | None = None  # uint8 [N + rejected, 48], in the order of the list: see `identity.py`
@@ -120,7 +121,7 @@ def write(
     rejected: list[Rejected] = []
     machines: set[str] = set()
     seen: set[str] = set()
-    provenance: dict = {}
+    provenance = Provenance()
     records: list[np.ndarray] = []
     with contextlib.ExitStack() as stack:
         vectors, table = (_Hashed(stack.enter_context(atomic_write(path))) for path in (npy, tsv))
@@ -149,7 +150,7 @@ def write(
         "dtype": dtype,
         "sha256": {"npy": vectors.digest.hexdigest(), "tsv": table.digest.hexdigest()},
         "machines": sorted(machines),
-        "provenance": provenance,
+        "provenance": provenance.to_json(),
     }
     write_records(folder, collection, description, np.concatenate(records) if records else None)
     write_json(manifest, description, sort_keys=True)
@@ -219,7 +220,7 @@ def load(folder: str | os.PathLike, collection: str) -> Features:
 
 
 def read_manifest(folder: str | os.PathLike, collection: str) -> dict:
-    """The manifest of a collection. Raises `FeaturesError` if it is absent or no manifest."""
+    """The manifest of a collection, `provenance` as a `Provenance`. Raises `FeaturesError` if it is absent or none."""
     path = feature_path(folder, collection)
     try:
         description = parse(read_bytes(path))
@@ -231,7 +232,7 @@ def read_manifest(folder: str | os.PathLike, collection: str) -> dict:
         raise FeaturesError(f"{path}: format {format}, this code reads format {MANIFEST_FORMAT}")
     if not _is_manifest(description):
         raise FeaturesError(f"{path}: not a manifest of descriptors; extract it again")
-    return description
+    return description | {"provenance": Provenance.from_json(description["provenance"])}
 
 
 def _is_manifest(description: object) -> bool:
@@ -289,6 +290,15 @@ def align(features: Features, names: Sequence[str], *, source: str) -> np.ndarra
     if surplus:
         raise FeaturesError(f"{source}: descriptors of {some(surplus)} that were not asked for")
     return features.vectors[[row[name] for name in names]]
+
+
+def check_alike(one_name: str, one: Features, other_name: str, other: Features, purpose: Purpose) -> None:
+    """Raise `FeaturesError` for descriptors of two dimensions, or that were made in ways which a purpose forbids."""
+    keys = list(one.provenance.differing(other.provenance, purpose))
+    if one.vectors.shape[1] != other.vectors.shape[1]:
+        keys.append(f"dimension ({one.vectors.shape[1]} and {other.vectors.shape[1]})")
+    if keys:
+        raise FeaturesError(f"{one_name} and {other_name} differ in {', '.join(keys)}; extract both in the same way")
 
 
 def check_length(features: Features, source: str) -> None:

@@ -1,6 +1,7 @@
 """What is searched faster than by looking at every image: building it, and putting more images into a set."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from core.arguments import parse
@@ -8,8 +9,8 @@ from core.base.arguments import Parser
 from core.base.errors import UserError, entry_point
 from core.config import load_cfg
 from evaler.features.places import find_collection
-from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, differing_keys
-from evaler.features.store import Features, FeaturesError, load, read_manifest, read_records, some, write
+from evaler.features.provenance import Purpose
+from evaler.features.store import Features, FeaturesError, check_alike, load, read_manifest, read_records, some, write
 from evaler.indexing import faiss_index, milvus_index
 
 
@@ -21,8 +22,8 @@ def add(folder: Path, collection: str, other: Path) -> int:
     """
     other_place = find_collection(other)
     one, two = load(folder, collection), load(*other_place)
-    check_alike(str(folder), one, str(other), two, but=(*LIST_KEYS, *MACHINE_KEYS))
-    differing = differing_keys(one.provenance, two.provenance, but=LIST_KEYS)
+    check_alike(str(folder), one, str(other), two, Purpose.ADDABLE)
+    differing = one.provenance.differing(two.provenance, Purpose.SAME_RUN)
     if differing:
         print(
             f"note: {other} differs in {', '.join(differing)}, which the set does not tell from now on", file=sys.stderr
@@ -32,8 +33,7 @@ def add(folder: Path, collection: str, other: Path) -> int:
         raise FeaturesError(f"{other}: {some(double)} is in {folder} already; nothing is added")
     for path in faiss_index.paths(folder, collection):
         path.unlink(missing_ok=True)
-    lists = [f.provenance.get("list_sha256") for f in (one, two)]
-    provenance = one.provenance | {"list_sha256": "+".join(map(str, lists))}
+    provenance = replace(one.provenance, list_sha256=f"{one.provenance.list_sha256}+{two.provenance.list_sha256}")
     behind = len(one.names) + len(one.rejected)  # where the second list begins
     rejected = [entry._replace(index=entry.index + behind) for entry in two.rejected]
     records = [read_records(*place, read_manifest(*place)) for place in ((folder, collection), other_place)]

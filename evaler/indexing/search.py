@@ -22,15 +22,12 @@ from evaler.extraction.job import limits_of
 from evaler.extraction.multiscale import check_lengths, describe_batch
 from evaler.extraction.pictures import Pictures
 from evaler.features.places import find_collection
-from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, differing_keys
+from evaler.features.provenance import Purpose
 from evaler.features.store import Features, FeaturesError, load
 from evaler.features.top_k import top_k
 from evaler.indexing import faiss_index, milvus_index
 from evaler.sources.image_list import ImageList, LooseFiles
 from evaler.sources.image_names import search
-
-# What may differ between a query and what is searched: neither changes what a descriptor means.
-MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query", "precision", "decoder", "max_level_pixels")
 
 
 def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> tuple[np.ndarray, dict[Path, str]]:
@@ -40,9 +37,9 @@ def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> t
     Raises `FeaturesError` if the weights or settings are others than those the features were made with.
     """
     network, provenance = load_network(cfg)
-    differing = differing_keys(provenance, features.provenance, but=MAY_DIFFER)
+    differing = features.provenance.differing(provenance, Purpose.SEARCHABLE)
     if differing:
-        told = ", ".join(f"{key} {features.provenance.get(key)} there, {provenance.get(key)} here" for key in differing)
+        told = ", ".join(f"{key} {there} there, {here} here" for key, (there, here) in differing.items())
         raise FeaturesError(f"the set was described in another way than the query would be: {told}")
     names, limits = [str(path) for path in paths], limits_of(cfg)
     images = ImageList(names, LooseFiles("", names))
@@ -78,10 +75,10 @@ def photographs(places: Sequence[Path]) -> list[Path]:
 def with_weights_of(path: str, settings: list[str], features: Features) -> CfgNode:
     """The configuration, with the weights that the features were made with where it names none."""
     cfg = load_cfg(path, settings)
-    told = features.provenance.get("weights")
-    if cfg.TEST.WEIGHTS or not isinstance(told, str) or not os.path.isfile(told):  # isfile: for any text
+    told = features.provenance.weights
+    if cfg.TEST.WEIGHTS or told is None or not os.path.isfile(told):  # isfile: for any text
         return cfg
-    if sha256_file(told) != features.provenance.get("weights_sha256"):
+    if sha256_file(told) != features.provenance.weights_sha256:
         print(f"note: {told} is no longer what the set was described with", file=sys.stderr)
         return cfg
     return load_cfg(path, [*settings, "TEST.WEIGHTS", told])

@@ -14,6 +14,7 @@ from datasets.images.decode import MAX_PIXELS
 from datasets.transforms import preprocess
 from evaler.describer import settings_of
 from evaler.extraction.fitting import MAX_LEVEL_PIXELS, reduce_to_fit
+from evaler.features.provenance import Provenance
 from evaler.sources.image_list import ImageList, read_cropped
 from model.dolg import DOLG
 
@@ -22,19 +23,19 @@ class AttentionError(UserError):
     """Why there are no attention maps; the message is one line."""
 
 
-def load_network(provenance: dict, *, weights: str = "", device: str = "cpu") -> DOLG:
+def load_network(provenance: Provenance, *, weights: str = "", device: str = "cpu") -> DOLG:
     """The network that made descriptors, in eval mode, from the file that their provenance tells or `weights` names.
 
     Raises `AttentionError` if neither is the file that was used, or the network has no local branch.
     """
-    told = provenance.get("weights")
+    told = provenance.weights
     places = [Path(place) for place in (told, weights) if place and Path(place).is_file()]
     if not places:
         raise AttentionError(f"{weights or told}: no such weights; name them in TEST.WEIGHTS")
-    paths = [path for path in places if sha256_file(path) == provenance.get("weights_sha256")]
+    paths = [path for path in places if sha256_file(path) == provenance.weights_sha256]
     if not paths:
         raise AttentionError(f"{places[-1]}: not the weights the set was described with (sha256)")
-    if provenance.get("fusion") == "global":
+    if provenance.fusion == "global":
         raise AttentionError(f"{paths[0]}: a global-only network has no local branch")
     cfg = _cfg_of(paths[0], provenance)
     network = build_descriptor(cfg)
@@ -42,8 +43,8 @@ def load_network(provenance: dict, *, weights: str = "", device: str = "cpu") ->
     return network.to(device).eval()
 
 
-def _cfg_of(path: Path, provenance: dict) -> CfgNode:
-    told = {"RESNET.STRIDE_1X1": provenance.get("stride_1x1"), "BN.EPS": provenance.get("bn_eps")}
+def _cfg_of(path: Path, provenance: Provenance) -> CfgNode:
+    told = {"RESNET.STRIDE_1X1": provenance.stride_1x1, "BN.EPS": provenance.bn_eps}
     settings = [str(part) for pair in told.items() if pair[1] is not None for part in pair]
     return load_cfg(None, [*settings_of(path), *settings, "TEST.WEIGHTS", str(path), "NUM_GPUS", "0"])
 

@@ -45,11 +45,12 @@ def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -
     """
     gnd_path = groundtruth.path_of(cfg.INFER.DATA_DIR, name)
     truth = groundtruth.load(gnd_path)
-    lists, scores, behind = [], [], []
+    lists, scores, behind, made = [], [], [], []
     for run in runs:
         folder = run.out_dir / "features" / name
         behind.append(load_distractors(run.out_dir) if DISTRACTORS in cfg.INFER.DATASETS else None)
         loaded = load_set(folder, truth, distractors=behind[-1], refinement=run.refinement)
+        made.append(loaded.provenance)
         scores.append(score_loaded(loaded, gnd_path, truth, folder, distractors=behind[-1], refinement=run.refinement))
         aps = {setting: scores[-1][setting]["aps"] for setting in SETTINGS}
         lists.append(revisited_lists(loaded, truth, aps, top=shown.top))
@@ -79,7 +80,7 @@ def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -
             [(truth.qimlist[index], (images["queries"], index)) for index in chosen],
             [[of_run[index] for index in chosen] for of_run in lists],
             Gallery(parts),
-            [score["provenance"] for score in scores],
+            made,
             shown,
         ),
     }
@@ -107,7 +108,7 @@ def own_page(cfg: CfgNode, runs: Sequence[Run], shown: Shown, *, labels: str) ->
     asked = [asked[place] for place in spread(len(asked), shown.queries)]
     lists, scores = zip(*(own_lists(features, asked, label_of, top=shown.top) for features in found), strict=True)
     settings = [{"key": SAME, "name": "Same label", "right": [SAME], "ignored": []}] if label_of else []
-    cards = [{"set": name, "gallery": len(names), "dim": f.vectors.shape[1], **f.provenance} for f in found]
+    cards = [{"set": name, "gallery": len(names), "dim": f.vectors.shape[1], **f.provenance.to_json()} for f in found]
     gallery = Gallery([(collections["images"], names)])
     return {
         "title": name,

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from core.base.progress import bar
 from datasets.images.decode import ImageError
+from evaler.features.provenance import Provenance
 from evaler.pages.attention_maps import attention_of, load_network
 from evaler.pages.thumbnails import heat, thumbnails
 from evaler.scoring.ranked_lists import RankedList
@@ -55,7 +56,7 @@ def pictures(
     queries: Sequence[tuple[str, tuple[ImageList, int] | None]],
     lists: Sequence[Sequence[RankedList]],
     gallery: Gallery,
-    provenances: Sequence[dict],
+    provenances: Sequence[Provenance],
     shown: Shown,
 ) -> dict:
     """`queries` (name and photograph each), `images` and `notes` of a page. lists: of each run, for each query."""
@@ -110,13 +111,13 @@ def _jpegs(
 
 
 def _heats(
-    cfg: CfgNode, photos: Sequence[tuple[ImageList, int] | None], provenances: Sequence[dict], notes: list[str]
+    cfg: CfgNode, photos: Sequence[tuple[ImageList, int] | None], provenances: Sequence[Provenance], notes: list[str]
 ) -> list[list[str | None]]:
     """Of each run, base64 of the attention over each query; all None, and a note, where there is no network for it."""
     device = "cuda" if cfg.NUM_GPUS and torch.cuda.is_available() else "cpu"
-    made: dict[str, list[str | None]] = {}
+    made: dict[str | None, list[str | None]] = {}
     for provenance in provenances:
-        key = str(provenance.get("weights_sha256"))
+        key = provenance.weights_sha256
         if key not in made:
             made[key] = [None] * len(photos)
             try:
@@ -129,4 +130,4 @@ def _heats(
                     if photo is not None:
                         attention = attention_of(network, *photo, max_pixels=cfg.INFER.MAX_PIXELS)
                         made[key][place] = base64.b64encode(heat(attention)).decode()
-    return [made[str(provenance.get("weights_sha256"))] for provenance in provenances]
+    return [made[provenance.weights_sha256] for provenance in provenances]

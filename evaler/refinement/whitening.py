@@ -20,7 +20,7 @@ from core.base.errors import UserError, entry_point
 from core.base.files import atomic_write
 from core.base.json_files import parse, read_bytes
 from evaler.features.places import find_collection
-from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, differing_keys, without
+from evaler.features.provenance import Provenance, Purpose
 from evaler.features.rows import Mapped
 from evaler.features.store import (
     NPY_ERRORS,
@@ -35,8 +35,6 @@ from evaler.refinement.step import Step
 from revisitop.scores import Rows
 
 SMALLEST = 1e-9  # variance, of the largest one: directions with less hold rounding errors only
-# Between the descriptors it was learned on and those it is used for.
-MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
 MOST_BYTES = 2**30
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError)  # RuntimeError: encrypted, other compression
 _ARRAYS = ("mean", "projection", "learned_on")
@@ -55,6 +53,11 @@ class Whitening:
         moved = (rows.astype(np.float64) - self.mean) @ self.projection
         norms = np.linalg.norm(moved, axis=1, keepdims=True)
         return (moved / np.maximum(norms, 1e-12)).astype(np.float32)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Of the descriptors it was learned on, without what may differ from those it is used for."""
+        return Provenance.from_json(self.learned_on.get("provenance", {}))
 
     @property
     def dim(self) -> int:
@@ -79,8 +82,8 @@ class WhiteningStep(Step):
 
     def check(self, database: Features) -> None:
         """Raise `FeaturesError` if the whitening was learned on descriptors that were made in another way."""
-        origin, dim = self.whitening.learned_on.get("provenance", {}), len(self.whitening.mean)
-        differing = differing_keys(origin, database.provenance, but=MAY_DIFFER)
+        dim = len(self.whitening.mean)
+        differing = list(self.whitening.provenance.differing(database.provenance, Purpose.SAME_SPACE))
         if dim != database.vectors.shape[1]:
             differing.append(f"dimension, {dim} and {database.vectors.shape[1]}")
         if differing:
@@ -169,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         "collection": collection,
         "images": len(features.names),
         "npy_sha256": read_manifest(folder, collection)["sha256"]["npy"],
-        "provenance": without(features.provenance, MAY_DIFFER),
+        "provenance": features.provenance.relevant(Purpose.SAME_SPACE).to_json(),
     }
     write(args.output, Whitening(mean, projection, told))
     print(

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from core.base.version import code_version
+from evaler.features.provenance import Provenance
 from evaler.sources.images import DISTRACTORS
 from revisitop.groundtruth import OFFICIAL_SHA256
 
@@ -49,21 +50,22 @@ def make_card(
     post_processing: Sequence[str],
 ) -> dict:
     """The card of one score, JSON-able, from the manifest of the set's database; what that does not tell is None."""
-    told = database["provenance"]
-    keys = ("scales", "precision", "resize", "depth", "fusion", "with_ma", "weights", "weights_sha256")
+    how: Provenance = database["provenance"]
+    keys = ("precision", "resize", "depth", "fusion", "with_ma", "weights", "weights_sha256")
     return {
         "set": name,
         "queries": queries,
         "gallery": database["count"],
         "distractors": distractors,
-        "queries_cropped": told.get("crop_query"),
-        **{key: told.get(key) for key in keys},
+        "queries_cropped": how.crop_query,
+        "scales": None if how.scales is None else list(how.scales),
+        **{key: getattr(how, key) for key in keys},
         "dim": database["dim"],
         "dtype": database["dtype"],
         "post_processing": list(post_processing),
         "ground_truth_sha256": ground_truth_sha256,
         "ground_truth_official": OFFICIAL_SHA256[name] == ground_truth_sha256 if name in OFFICIAL_SHA256 else None,
-        "extracted_by": told.get("code_version"),
+        "extracted_by": how.code_version,
         "scored_by": code_version(),
     }
 

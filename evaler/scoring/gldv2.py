@@ -17,8 +17,8 @@ from core.base.errors import UserError, entry_point
 from core.base.json_files import write_json
 from datasets.lists.sources import SourceError, csv_rows, landmark_name, read_csv
 from evaler.features.places import find_collection
-from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, check_alike
-from evaler.features.store import Features, FeaturesError, check_length, load, some
+from evaler.features.provenance import Purpose
+from evaler.features.store import Features, FeaturesError, check_alike, check_length, load, some
 from evaler.features.top_k import top_k
 from evaler.scoring.ranked_metrics import Prediction, global_average_precision, mean_average_precision_at
 
@@ -186,8 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     solution = read_solution(args.solution, "images" if args.task == "retrieval" else "landmarks")
     labels = read_train_labels(args.labels) if args.labels else {}
     queries, searched = (load(*find_collection(place)) for place in (args.queries, args.searched))
-    but = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
-    check_alike(str(args.queries), queries, str(args.searched), searched, but=but)
+    check_alike(str(args.queries), queries, str(args.searched), searched, Purpose.SAME_SPACE)
     for place, features in ((args.queries, queries), (args.searched, searched)):
         check_length(features, str(place))
     if args.task == "retrieval":
@@ -197,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     rejected = {usage: len(_rejected(queries) & solution[usage].keys()) for usage in scores}
     if args.json:  # before anything is printed, which may fail
         record = {"task": args.task, "metric": metric, "unit": "percent", "scores": scores, "rejected": rejected}
-        record |= {"searched": len(searched.names), "provenance": searched.provenance}
+        record |= {"searched": len(searched.names), "provenance": searched.provenance.to_json()}
         write_json(args.json, record)
     for usage, score in scores.items():
         lost = f", {rejected[usage]} of them rejected: {NOT_SEEN[args.task]}" if rejected[usage] else ""

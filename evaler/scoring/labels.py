@@ -13,8 +13,8 @@ from core.base.json_files import write_json
 from datasets.lists.sources import read_csv
 from datasets.normalisation import note_on_name
 from evaler.features.places import find_collection
-from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, check_alike
-from evaler.features.store import Features, check_length, load, some
+from evaler.features.provenance import Purpose
+from evaler.features.store import Features, check_alike, check_length, load, some
 from evaler.scoring.ranked_metrics import average_precision, average_precision_at_r, recall_at
 from evaler.sources.training_list import is_training_list, read_training_list
 from revisitop.average_precision import without_junk
@@ -175,10 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     features, labels = _load(args.index, args.labels)
     asked = _load(args.queries, args.query_labels) if args.queries else None
     if asked:
-        check_alike(str(args.index), features, str(args.queries), asked[0], but=(*LIST_KEYS, *MACHINE_KEYS))
+        check_alike(str(args.index), features, str(args.queries), asked[0], Purpose.ADDABLE)
     score = score_labelled(features, labels, asked=asked)
     if args.json:  # before anything is printed, which may fail
-        write_json(args.json, score | {"provenance": features.provenance})
+        write_json(args.json, score | {"provenance": features.provenance.to_json()})
     if asked:
         _tell_of_copies(asked[0], features)
     print(f"{args.index}: {score['images']} images, {score['labels']} labels")

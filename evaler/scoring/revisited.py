@@ -14,9 +14,9 @@ from core.arguments import load_cfg_from_args
 from core.base.errors import UserError, entry_point
 from core.base.files import sha256_file
 from core.base.json_files import write_json
-from evaler.features.provenance import LIST_KEYS, MACHINE_KEYS, check_alike, without
+from evaler.features.provenance import Provenance, Purpose
 from evaler.features.rows import Stacked
-from evaler.features.store import Features, align, check_length, load, read_manifest, some
+from evaler.features.store import Features, align, check_alike, check_length, load, read_manifest, some
 from evaler.refinement.steps import Refinement
 from evaler.scoring.card import line, make_card, network_name, published, with_distractors
 from evaler.sources.images import DISTRACTORS
@@ -25,8 +25,6 @@ from revisitop.groundtruth import GroundTruth
 from revisitop.scores import Rows
 
 KAPPAS = (1, 5, 10)
-# What may differ between a set and the distractors behind it: their list, queries, and where they were described.
-DISTRACTORS_MAY_DIFFER = (*LIST_KEYS, *MACHINE_KEYS, "crop_query")
 NO_REFINEMENT = Refinement()
 SHOWN_BRACKET = 0.005  # points of mAP
 
@@ -41,7 +39,7 @@ class LoadedSet(NamedTuple):
     queries: np.ndarray
     gallery: Rows
     first: np.ndarray | None
-    provenance: dict
+    provenance: Provenance
 
 
 def load_set(
@@ -58,7 +56,7 @@ def load_set(
     """
     folder = Path(folder)
     queries, database = load(folder, "queries"), load(folder, "database")
-    check_alike(f"{folder}: queries", queries, "database", database, but=LIST_KEYS)
+    check_alike(f"{folder}: queries", queries, "database", database, Purpose.SAME_RUN)
     aligned = []
     for collection, features, names in (
         ("queries", queries, ground_truth.qimlist),
@@ -68,10 +66,10 @@ def load_set(
         check_length(features, source)
         aligned.append(np.asarray(align(features, names, source=source), np.float32))
     if distractors is not None:
-        check_alike(f"{folder}: database", database, DISTRACTORS, distractors, but=DISTRACTORS_MAY_DIFFER)
+        check_alike(f"{folder}: database", database, DISTRACTORS, distractors, Purpose.SAME_SPACE)
     gallery = Stacked([aligned[1], *([] if distractors is None else [distractors.vectors])])
     refinement.check(database)
-    return LoadedSet(*refinement.apply(aligned[0], gallery), without(database.provenance, LIST_KEYS))
+    return LoadedSet(*refinement.apply(aligned[0], gallery), database.provenance.relevant(Purpose.SAME_RUN))
 
 
 def score_features(loaded: LoadedSet, ground_truth: GroundTruth, *, kappas: Sequence[int] = KAPPAS) -> dict[str, dict]:
@@ -89,19 +87,19 @@ def score_features(loaded: LoadedSet, ground_truth: GroundTruth, *, kappas: Sequ
         }
         for setting, values in fractions.items()
     }
-    result["provenance"] = loaded.provenance
+    result["provenance"] = loaded.provenance.to_json()
     return result
 
 
 def table(score: dict) -> str:
     """The score of a set, as `score_set` returns it, as text for a terminal."""
-    provenance = score["provenance"]
+    provenance = Provenance.from_json(score["provenance"])
     counts = f"{score['queries']} queries{_cropped(provenance)}, {score['database']} database images"
     card = score.get("card")
     name = f"{score['dataset']}{with_distractors(card['distractors']) if card else ''}"
-    origin = f"weights {network_name(provenance.get('weights'), provenance.get('weights_sha256'))}"
-    if "scales" in provenance:
-        origin += f", scales {' '.join(f'{scale:g}' for scale in provenance['scales'])}"
+    origin = f"weights {network_name(provenance.weights, provenance.weights_sha256)}"
+    if provenance.scales is not None:
+        origin += f", scales {' '.join(f'{scale:g}' for scale in provenance.scales)}"
     heads = ["mAP", *(f"mP@{kappa}" for kappa in score["kappas"])]
     lines = [f"{name}: {counts}", origin, "", " " * 10 + "".join(f"{head:>9}" for head in heads)]
     for setting, name in protocol.SETTING_NAMES.items():
@@ -236,5 +234,5 @@ def _percent(fraction: float) -> float | None:
     return None if math.isnan(fraction) else 100 * float(fraction)
 
 
-def _cropped(provenance: dict) -> str:
-    return {True: " (cropped)", False: " (not cropped)"}.get(provenance.get("crop_query"), "")
+def _cropped(provenance: Provenance) -> str:
+    return {True: " (cropped)", False: " (not cropped)"}.get(provenance.crop_query, "")

@@ -9,6 +9,7 @@ from datasets.images.decode import ImageError, decode
 from datasets.landmark import ListError, check_files, read_list
 from datasets.lists.command import main
 from datasets.normalisation import note_on_name, note_on_path
+from evaler.features.provenance import Provenance
 from evaler.features.store import Features, FeaturesError, align
 from evaler.scoring.labels import score_labelled
 from evaler.sources.images import named_images
@@ -49,7 +50,7 @@ def test_tables(tmp_path, listed, capsys):
 
 
 def test_names_of_descriptors(tmp_path, listed):
-    features = Features([listed, "b"], np.eye(2, dtype=np.float32), np.ones((2, 2), np.int64), {})
+    features = Features([listed, "b"], np.eye(2, dtype=np.float32), np.ones((2, 2), np.int64), Provenance())
     other = next(name for name in (COMPOSED, DECOMPOSED) if name != listed)
     with pytest.raises(FeaturesError, match=NOTE):
         align(features, [other, "b"], source="here")

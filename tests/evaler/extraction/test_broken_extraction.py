@@ -10,6 +10,7 @@ from torch import nn
 from datasets.images.files import EXTENSIONS
 from evaler.extraction import command as extract
 from evaler.features import store as features
+from evaler.features.provenance import Provenance
 from tests import broken_inputs
 from tests.small_run import photograph, write_image
 
@@ -38,7 +39,7 @@ def test_every_file_is_described_or_rejected_with_its_reason(tmp_path, monkeypat
         write_image(folder / f"good-{i}.jpg", photograph(i))
     # Some are named by a list only: pipes and folders are not what a search of a folder counts as images.
     (folder / "list.txt").write_text("".join(f"{name}\n" for name in names))
-    provenance = {"weights": "none", "weights_sha256": "0", "batch_size": 1, "device": "CPU"}
+    provenance = Provenance(weights="none", weights_sha256="0", batch_size=1, device="CPU")
     monkeypatch.setattr(extract, "load_network", lambda cfg: (Mean().eval(), provenance))
     (tmp_path / "some.yaml").touch()
     settings = {"OUT_DIR": tmp_path, "INFER.IMAGES": folder / "list.txt", "INFER.SCALES": "[1]", "INFER.MIN_SIDE": 1}

@@ -31,11 +31,12 @@ from evaler.extraction.chunks import (
 )
 from evaler.extraction.join import join, missing
 from evaler.features.exports import export
+from evaler.features.provenance import Provenance
 from evaler.features.store import Features, FeaturesError, Rejected, load, save
 from tests.small_run import ROOT, child_environment, python
 
 NAMES = [f"folder/ä {i}.jpg" for i in range(11)]
-PROVENANCE = {"weights": "/a/b.pyth", "weights_sha256": "ab" * 32, "scales": [0.5, 1.0], "list_sha256": "cd" * 32}
+PROVENANCE = Provenance(weights="/a/b.pyth", weights_sha256="ab" * 32, scales=(0.5, 1.0), list_sha256="cd" * 32)
 
 
 def make_plan(names=NAMES, **changes):
@@ -87,11 +88,11 @@ def test_the_digest_tells_extractions_apart_and_ignores_where_the_weights_lie():
         make_plan(chunk_size=5),
         make_plan(dtype="float16"),
         make_plan(NAMES[::-1]),
-        make_plan(provenance=PROVENANCE | {"scales": [1.0]}),
-        make_plan(provenance=PROVENANCE | {"weights_sha256": "0"}),
+        make_plan(provenance=dataclasses.replace(PROVENANCE, scales=(1.0,))),
+        make_plan(provenance=dataclasses.replace(PROVENANCE, weights_sha256="0")),
     ]
     assert len({plan.digest, *(other.digest for other in others)}) == 8
-    assert make_plan(provenance=PROVENANCE | {"weights": "elsewhere"}).digest == plan.digest
+    assert make_plan(provenance=dataclasses.replace(PROVENANCE, weights="elsewhere")).digest == plan.digest
 
 
 def test_a_plan_is_written_once_and_read_again(tmp_path):
@@ -208,7 +209,7 @@ def test_what_cannot_be_joined_is_named_and_nothing_is_written(tmp_path, damage)
 
 @pytest.mark.parametrize("key", ["weights_sha256", "scales", "list_sha256"])
 def test_a_chunk_of_another_extraction_is_named(tmp_path, key):
-    plan, other = make_plan(), make_plan(provenance=PROVENANCE | {key: "other"})
+    plan, other = make_plan(), make_plan(provenance=Provenance.from_json(PROVENANCE.to_json() | {key: "other"}))
     folder = write_all(tmp_path, plan)
     foreign = write_all(tmp_path / "other", other)
     shutil.copy(chunk_path(foreign, 1), chunk_path(folder, 1))
@@ -219,10 +220,10 @@ def test_a_chunk_that_lacks_an_image_or_holds_another(tmp_path):
     plan = make_plan()
     folder = write_all(tmp_path, plan, but={1})
     content = chunk(plan, 1)
-    short = Features(content.names[:-1], content.vectors[:-1], content.sizes[:-1], {}, [], [])
+    short = Features(content.names[:-1], content.vectors[:-1], content.sizes[:-1], Provenance(), [], [])
     write_chunk(folder, plan, 1, short)
     refused(join, r"000001\.chunk: does not account for all of its images", tmp_path, plan)
-    swapped = Features(content.names[::-1], content.vectors, content.sizes, {}, [], [])
+    swapped = Features(content.names[::-1], content.vectors, content.sizes, Provenance(), [], [])
     write_chunk(folder, plan, 1, swapped)
     refused(join, "the chunks do not hold the list's names", tmp_path, plan)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
@@ -301,7 +302,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_exports_are_read_by_scipy_and_numpy_and_are_the_same_again(tmp_path):
-    whole = Features(NAMES, unit(11), np.ones((11, 2), np.int32), {})
+    whole = Features(NAMES, unit(11), np.ones((11, 2), np.int32), Provenance())
     save(tmp_path, "images", whole)
     mat, npz = export(tmp_path, "images", ["mat", "npz"])
     np.testing.assert_array_equal(scipy.io.loadmat(mat)["X"], whole.vectors)
@@ -316,7 +317,7 @@ def test_exports_are_read_by_scipy_and_numpy_and_are_the_same_again(tmp_path):
 
 
 def test_more_than_a_mat_file_holds_is_refused(tmp_path, monkeypatch):
-    save(tmp_path, "images", Features(NAMES, unit(11), np.ones((11, 2), np.int32), {}))
+    save(tmp_path, "images", Features(NAMES, unit(11), np.ones((11, 2), np.int32), Provenance()))
     monkeypatch.setattr("evaler.features.exports._MOST_MAT_BYTES", 100)
     message = r"images\.mat: 11 descriptors are more than a \.mat holds \(2 GiB\); use npz"
     refused(export, message, tmp_path, "images", ["mat"])

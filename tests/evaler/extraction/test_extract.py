@@ -197,12 +197,12 @@ def test_descriptors_are_keyed_by_name_and_carry_where_they_come_from(place, cap
             assert found.sizes[row].tolist() == [picture.shape[1], picture.shape[0]]
             expected = describe(network, picture, scales=[0.5, 1.0]).numpy()
             np.testing.assert_allclose(found.vectors[row], expected, rtol=0, atol=2e-6)
-        assert found.provenance["weights_sha256"] == sha256_file(place.weights)
-        assert found.provenance["list_sha256"] == images.sha256()
-        expected = {"weights": str(place.weights), "scales": [0.5, 1.0], "crop_query": True, "depth": 50}
+        assert found.provenance.weights_sha256 == sha256_file(place.weights)
+        assert found.provenance.list_sha256 == images.sha256()
+        expected = {"weights": str(place.weights), "scales": (0.5, 1.0), "crop_query": True, "depth": 50}
         expected |= {"stride_1x1": False, "with_ma": False, "fusion": "orthogonal", "precision": "fp32", "threads": 1}
-        assert {key: found.provenance[key] for key in expected} == expected
-        assert found.provenance["code_version"] and found.provenance["torch"] == torch.__version__
+        assert {key: getattr(found.provenance, key) for key in expected} == expected
+        assert found.provenance.code_version and found.provenance.torch == torch.__version__
     written = sorted(path.name for path in place.out.rglob("*") if path.is_file())
     assert written == sorted(f"{c}.{s}" for c in ("queries", "database") for s in ("npy", "tsv", "json", "files"))
 
@@ -210,7 +210,7 @@ def test_descriptors_are_keyed_by_name_and_carry_where_they_come_from(place, cap
 def test_uncropped_queries(place):
     place.run(INFER__CROP_QUERY=False)
     queries = place.load("queries")
-    assert queries.sizes.tolist() == [[60, 50], [59, 51]] and queries.provenance["crop_query"] is False
+    assert queries.sizes.tolist() == [[60, 50], [59, 51]] and queries.provenance.crop_query is False
 
 
 def test_equal_basenames_in_two_folders_are_two_images(place, tree, capsys):
@@ -372,7 +372,7 @@ def test_unfinished_work_of_another_extraction_is_kept_and_told_of(place, capsys
     assert "database.chunks-" in err and "holds 3 of 5 chunks of another extraction (differs in scales)" in err
     assert len(list((place.out / "features" / "toy").glob("*.chunks-*"))) == 2
     place.run(INFER__CHUNK_SIZE=1)  # and can be gone on with
-    assert place.load("database").provenance["scales"] == [0.5, 1.0]
+    assert place.load("database").provenance.scales == (0.5, 1.0)
 
 
 def test_a_missing_shard_is_noticed_when_they_are_scored(place):
@@ -510,7 +510,7 @@ def test_the_newest_checkpoint_of_out_dir_is_used_and_named(place, capsys):
     newest = checkpoint_path(place.out, 10000)
     out = capsys.readouterr().out
     assert f"weights: {newest}, on the CPU" in out and "the classification head is left aside" in out
-    assert place.load("queries").provenance["weights_sha256"] == sha256_file(newest)
+    assert place.load("queries").provenance.weights_sha256 == sha256_file(newest)
     place.run()  # given weights win
     assert f"weights: {place.weights}, on the CPU" in capsys.readouterr().out
 

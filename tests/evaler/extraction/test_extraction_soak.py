@@ -30,6 +30,7 @@ import sys
 import torch
 from torch import nn
 from evaler.extraction import command as extract
+from evaler.features.provenance import Provenance
 
 class Tiny(nn.Module):
     def __init__(self):
@@ -43,7 +44,7 @@ class Tiny(nn.Module):
 
 def load_network(cfg):
     torch.set_num_threads(cfg.INFER.THREADS)
-    return Tiny().eval(), {"weights": "none", "weights_sha256": "0", "batch_size": 1, "device": "CPU"}
+    return Tiny().eval(), Provenance(weights="none", weights_sha256="0", batch_size=1, device="CPU")
 
 extract.load_network = load_network
 extract.main()

@@ -17,6 +17,7 @@ from evaler.extraction import join
 from evaler.extraction.chunks import plans, present
 from evaler.features import identity
 from evaler.features import store as features
+from evaler.features.provenance import Provenance
 from evaler.indexing import command as indexing
 from evaler.sources.image_list import LooseFiles
 from tests.small_run import overrides, photograph, retrieval_set, write_image
@@ -93,7 +94,7 @@ def place(tmp_path, monkeypatch):
 
     def load_network(cfg):
         own = {"weights": "none", "weights_sha256": "0", "batch_size": cfg.INFER.BATCH_SIZE or 1, "device": "CPU"}
-        return Tiny().eval(), own | {"scales": list(cfg.INFER.SCALES)} | place.provenance
+        return Tiny().eval(), Provenance.from_json(own | {"scales": list(cfg.INFER.SCALES)} | place.provenance)
 
     monkeypatch.setattr(extraction_job, "describe_batch", counted)
     monkeypatch.setattr(extract, "load_network", load_network)

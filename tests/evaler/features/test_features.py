@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.base.files import sha256_file
+from evaler.features.provenance import Provenance
 from evaler.features.store import Features, FeaturesError, Rejected, align, feature_path, load, save, write
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -22,7 +23,7 @@ PROVENANCE = {"weights_sha256": "ab" * 32, "scales": [0.5, 1.0], "crop_query": T
 def make(names, dim=4, seed=0, **provenance):
     vectors = np.random.default_rng(seed).normal(size=(len(names), dim)).astype(np.float32)
     sizes = np.arange(1, 2 * len(names) + 1, dtype=np.int32).reshape(-1, 2)
-    return Features(list(names), vectors, sizes, PROVENANCE | provenance)
+    return Features(list(names), vectors, sizes, Provenance.from_json(PROVENANCE | provenance))
 
 
 def forge(folder, collection, *, npy=None, tsv=None, **changes):
@@ -78,7 +79,7 @@ def test_written_in_parts_it_is_the_same_file_as_whole(tmp_path):
         [name for part in parts for name in part.names],
         np.concatenate([part.vectors for part in parts]),
         np.concatenate([part.sizes for part in parts]),
-        PROVENANCE,
+        parts[0].provenance,
         parts[1].rejected + parts[2].rejected,
         ["CPU b", "CPU a"],
     )
@@ -142,7 +143,7 @@ def test_a_killed_process_leaves_the_old_collection_or_none(tmp_path, call):
         "    return run\n"
         "os.replace, f.Path.unlink = killing(os.replace), killing(f.Path.unlink)\n"
         "one = np.ones((1, 4), np.float32)\n"
-        "f.save(sys.argv[2], 'queries', f.Features(['z'], one, np.ones((1, 2), np.int32), {}))"
+        "f.save(sys.argv[2], 'queries', f.Features(['z'], one, np.ones((1, 2), np.int32), f.Provenance()))"
     )
     result = subprocess.run([sys.executable, "-c", code, str(ROOT), str(tmp_path), str(call)], timeout=60)
     if call == 5:  # there are four such calls
@@ -163,16 +164,25 @@ def test_a_killed_process_leaves_the_old_collection_or_none(tmp_path, call):
         (make(["a\nb"]), r"name 'a\\nb' is empty, holds a tab"),
         (make([""]), "name '' is empty"),
         (make(["\udcff"]), "or is not UTF-8"),
-        (Features(["a"], np.ones((1, 4)), np.ones((1, 2), np.int32), {}), "need float32 or float16 .1, D., not float"),
-        (Features(["a"], np.ones((2, 4), np.float32), np.ones((1, 2), np.int32), {}), "1 names need float32"),
-        (Features(["a"], np.ones(1, np.float32), np.ones((1, 2), np.int32), {}), "1 names need float32"),
-        (Features(["a"], np.ones((1, 4), np.float32), np.ones((1, 2)), {}), "1 names need 1 picture sizes"),
-        (Features(["a"], np.ones((1, 4), np.float32), np.zeros((1, 2), np.int32), {}), "at least 1 x 1 pixel"),
         (
-            Features(["a", "b"], np.float32([[1, 1], [1, np.nan]]), np.ones((2, 2), np.int32), {}),
+            Features(["a"], np.ones((1, 4)), np.ones((1, 2), np.int32), Provenance()),
+            "need float32 or float16 .1, D., not float",
+        ),
+        (Features(["a"], np.ones((2, 4), np.float32), np.ones((1, 2), np.int32), Provenance()), "1 names need float32"),
+        (Features(["a"], np.ones(1, np.float32), np.ones((1, 2), np.int32), Provenance()), "1 names need float32"),
+        (Features(["a"], np.ones((1, 4), np.float32), np.ones((1, 2)), Provenance()), "1 names need 1 picture sizes"),
+        (
+            Features(["a"], np.ones((1, 4), np.float32), np.zeros((1, 2), np.int32), Provenance()),
+            "at least 1 x 1 pixel",
+        ),
+        (
+            Features(["a", "b"], np.float32([[1, 1], [1, np.nan]]), np.ones((2, 2), np.int32), Provenance()),
             "descriptor of b is not finite",
         ),
-        (Features(["a"], np.float32([[1, np.inf]]), np.ones((1, 2), np.int32), {}), "descriptor of a is not finite"),
+        (
+            Features(["a"], np.float32([[1, np.inf]]), np.ones((1, 2), np.int32), Provenance()),
+            "descriptor of a is not finite",
+        ),
     ],
 )
 def test_unusable_features_are_not_saved(tmp_path, features, message):

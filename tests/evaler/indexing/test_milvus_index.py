@@ -12,6 +12,7 @@ import pytest
 
 from core.config import load_cfg
 from core.config_values import ConfigError
+from evaler.features.provenance import Provenance
 from evaler.features.store import Features, FeaturesError, save
 from evaler.features.top_k import top_k
 from evaler.indexing import milvus_index
@@ -48,7 +49,9 @@ milvus_index.build(sys.argv[1], Path(sys.argv[2]), "images")
 def described(folder, count=330, seed=0, dim=16):
     vectors = np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    save(folder, "images", Features([str(i) for i in range(count)], vectors, np.ones((count, 2), np.int32), {}))
+    save(
+        folder, "images", Features([str(i) for i in range(count)], vectors, np.ones((count, 2), np.int32), Provenance())
+    )
     return vectors
 
 

@@ -16,6 +16,7 @@ from core.config import load_cfg
 from evaler.extraction import command as extract
 from evaler.features import store as features
 from evaler.features.places import find_collection
+from evaler.features.provenance import Provenance
 from evaler.features.store import Features, FeaturesError, save
 from evaler.indexing import command as indexing
 from evaler.indexing import faiss_index
@@ -120,7 +121,9 @@ def test_an_index_is_built_used_and_refused_when_it_is_another(extracted, capsys
 def some_features(names, seed=0, **provenance):
     vectors = np.random.default_rng(seed).normal(size=(len(names), 8)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return Features(list(names), vectors, np.full((len(names), 2), 9, np.int32), PROVENANCE | provenance)
+    return Features(
+        list(names), vectors, np.full((len(names), 2), 9, np.int32), Provenance.from_json(PROVENANCE | provenance)
+    )
 
 
 def test_an_approximate_index_has_the_recall_it_tells(tmp_path):
@@ -183,7 +186,7 @@ def test_an_index_is_not_believed_for_its_description(tmp_path, how, message):
 def test_an_index_whose_numbers_are_mixed_is_refused(tmp_path, factory):
     faiss = pytest.importorskip("faiss")
     vectors = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
-    save(tmp_path, "images", Features([str(i) for i in range(400)], vectors, np.ones((400, 2), np.int32), {}))
+    save(tmp_path, "images", Features([str(i) for i in range(400)], vectors, np.ones((400, 2), np.int32), Provenance()))
     for ids in (np.arange(400), np.random.default_rng(1).permutation(400)):
         index = faiss.index_factory(8, factory, faiss.METRIC_INNER_PRODUCT)
         index.train(vectors)
@@ -316,7 +319,7 @@ def test_images_are_added_with_their_names(tmp_path):
     whole = features.load(tmp_path / "one", "images")
     assert whole.names == ["a", "b", "c", "d", "e"]
     np.testing.assert_array_equal(whole.vectors, np.concatenate([one.vectors, two.vectors]))
-    assert whole.provenance["list_sha256"] == "x+y" and not (tmp_path / "one" / "images.faiss").exists()
+    assert whole.provenance.list_sha256 == "x+y" and not (tmp_path / "one" / "images.faiss").exists()
     with pytest.raises(FeaturesError, match="c, d, e is in .* already; nothing is added"):
         indexing.add(tmp_path / "one", "images", tmp_path / "two")
     save(tmp_path / "other", "images", some_features(["f"], scales=[2.0]))
@@ -364,5 +367,7 @@ def test_the_entry_files(tmp_path):
 
 @pytest.mark.parametrize("told", [None, True, 5, [1], {"a": []}, "x" * 5000, "\0"])
 def test_provenance_that_names_no_file_of_weights(told):
-    found = Features(["a"], np.ones((1, 1), np.float32), np.ones((1, 2), np.int32), {"weights": told})
+    found = Features(
+        ["a"], np.ones((1, 1), np.float32), np.ones((1, 2), np.int32), Provenance.from_json({"weights": told})
+    )
     assert neighbours.with_weights_of(None, ["RNG_SEED", "2"], found).TEST.WEIGHTS == ""

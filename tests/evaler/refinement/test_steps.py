@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from core.config import load_cfg
+from evaler.features.provenance import Provenance
 from evaler.features.rows import Mapped, Stacked
 from evaler.features.store import Features, FeaturesError
 from evaler.refinement import steps, whitening
@@ -236,7 +237,7 @@ def test_a_whitening_of_other_descriptors_is_refused():
     other = Refinement((WhiteningStep(Whitening(*learn(SKEWED), {"provenance": {"weights_sha256": "a"}})),))
 
     def described(dim=6, **provenance):
-        return Features(["x"], np.ones((1, dim), np.float32), np.ones((1, 2), np.int32), provenance)
+        return Features(["x"], np.ones((1, dim), np.float32), np.ones((1, 2), np.int32), Provenance(**provenance))
 
     other.check(described(weights_sha256="a", crop_query=True, list_sha256="l", torch="2"))
     with pytest.raises(FeaturesError, match="differs in weights_sha256"):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from evaler.features.provenance import Provenance
 from evaler.scoring.card import COMPLETE, line, make_card, published, with_distractors
 from revisitop.groundtruth import OFFICIAL_SHA256
 
@@ -20,7 +21,7 @@ PROVENANCE = {
 
 
 def card(name="roxford5k", distractors=0, sha256=OFFICIAL_SHA256["roxford5k"], post=(), **provenance):
-    manifest = {"provenance": PROVENANCE | provenance, "count": 3, "dim": 8, "dtype": "float32"}
+    manifest = {"provenance": Provenance.from_json(PROVENANCE | provenance), "count": 3, "dim": 8, "dtype": "float32"}
     more = {"queries": 70, "distractors": distractors, "ground_truth_sha256": sha256, "post_processing": post}
     return make_card(name, manifest, **more)
 
@@ -34,7 +35,7 @@ def test_it_holds_everything_a_reader_has_to_know():
     assert "queries not cropped" in text and "NOT the official labels" in text and "PCA 256 + aQE 3" in text
     bare = make_card(
         "mine",
-        {"provenance": {}, "count": 0, "dim": 4, "dtype": "float16"},
+        {"provenance": Provenance(), "count": 0, "dim": 4, "dtype": "float16"},
         queries=1,
         distractors=5,
         ground_truth_sha256="1" * 64,

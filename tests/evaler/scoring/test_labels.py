@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from evaler.features.provenance import Provenance
 from evaler.features.store import Features, save
 from evaler.scoring.labels import labels_of_folders, main, read_labels, score_labelled
 from tests.small_run import ROOT, child_environment
@@ -15,7 +16,7 @@ from tests.small_run import ROOT, child_environment
 def features(names, vectors):
     vectors = np.asarray(vectors, np.float32)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return Features(list(names), vectors, np.full((len(names), 2), 9, np.int32), {"weights_sha256": "a"})
+    return Features(list(names), vectors, np.full((len(names), 2), 9, np.int32), Provenance(weights_sha256="a"))
 
 
 def angles(*degrees):

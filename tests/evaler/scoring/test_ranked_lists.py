@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaler.features.provenance import Provenance
 from evaler.features.store import Features
 from evaler.scoring.labels import score_labelled
 from evaler.scoring.ranked_lists import RankedList, first_images, mean_curve, own_lists, revisited_lists
@@ -48,7 +49,7 @@ def test_a_revisited_ranking(case, reranked):
         orders = [random.sample(order[:count], count) + order[count:] for order in orders]
         first = np.array([order[:count] for order in orders])
     truth = truth_of(roles)
-    loaded = LoadedSet(queries, database, first, {})
+    loaded = LoadedSet(queries, database, first, Provenance())
     scored = score_features(loaded, truth)
     lists = revisited_lists(loaded, truth, {setting: scored[setting]["aps"] for setting in SETTINGS}, top=top)
     names = {"e": "easy", "h": "hard", "j": "junk", "n": "negative"}
@@ -69,7 +70,7 @@ def test_a_revisited_ranking(case, reranked):
 
 
 def test_more_results_than_were_reranked_and_fewer():
-    loaded = LoadedSet(np.array([[1.0]]), np.array([[5.0], [4], [3], [2], [1]]), np.array([[2, 0, 1]]), {})
+    loaded = LoadedSet(np.array([[1.0]]), np.array([[5.0], [4], [3], [2], [1]]), np.array([[2, 0, 1]]), Provenance())
     for top, wanted in ((2, [2, 0]), (4, [2, 0, 1, 3])):
         scores, found = first_images(loaded, top=top)
         assert found.tolist() == [wanted]
@@ -79,7 +80,7 @@ def test_more_results_than_were_reranked_and_fewer():
 def described(vectors, names):
     vectors = np.asarray(vectors, np.float32)
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return Features(names, vectors, np.ones((len(names), 2), np.int32), {})
+    return Features(names, vectors, np.ones((len(names), 2), np.int32), Provenance())
 
 
 def test_a_set_with_labels_leaves_the_query_out_and_its_ap_is_that_of_the_score():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from core.base.files import sha256_file
+from evaler.features.provenance import Provenance
 from evaler.features.store import Features, FeaturesError, save
 from evaler.scoring.revisited import load_set, main, score_features, table
 from revisitop import groundtruth
@@ -38,7 +39,9 @@ MEDIUM = 100 * np.mean([(1 + 1 + 1 / 2 + 2 / 3) / 4, 1])
 
 def collection(names, vectors, **provenance):
     vectors = np.asarray(vectors, np.float32)
-    return Features(list(names), vectors, np.full((len(names), 2), 8, np.int32), PROVENANCE | provenance)
+    return Features(
+        list(names), vectors, np.full((len(names), 2), 8, np.int32), Provenance.from_json(PROVENANCE | provenance)
+    )
 
 
 def queries(**provenance):
@@ -234,7 +237,9 @@ def replace_row(features, row, vector):
 
 def without(features, name):
     keep = [i for i, other in enumerate(features.names) if other != name]
-    return Features([features.names[i] for i in keep], features.vectors[keep], features.sizes[keep], PROVENANCE)
+    return Features(
+        [features.names[i] for i in keep], features.vectors[keep], features.sizes[keep], features.provenance
+    )
 
 
 @pytest.mark.parametrize(
