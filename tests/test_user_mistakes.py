@@ -1,20 +1,26 @@
 """Every mistake of a user gets one clear line, an exit code that is not 0, and no OUT_DIR that was not there.
 
-All commands are real processes, two at a time.
+One mistake of each command is made in a real process, the others in this one.
 """
 
+import contextlib
+import io
 import os
 import pickle
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 
+import train
 from core import builders
 from core.checkpoints.checkpoint import checkpoints
 from core.config import load_cfg
+from core.logging import setup_logging
+from evaler.extraction import command as extraction
+from evaler.scoring import revisited as scoring
 from model.weights.loading import read_checkpoint
 from tests.small_run import (
     ROOT,
@@ -29,6 +35,7 @@ from tests.small_run import (
 )
 
 TRAIN, INFER, EVALUATE = "train.py", "evaler/infer.py", "evaler/evaluate.py"
+MAIN = {TRAIN: train.main, INFER: extraction.main, EVALUATE: scoring.main}
 GLOBAL_ONLY = {"MODEL.FUSION": "global"}
 
 
@@ -138,6 +145,7 @@ MISTAKES = {
 }
 
 
+IN_A_PROCESS = ("truncated image met by a worker", "truncated image of the database", "scoring without descriptors")
 AFTER_THE_QUERIES = "truncated image of the database"
 # Met after the first updates, which are saved.
 WHILE_TRAINING = ("truncated image", "truncated image met by a worker", "truncated image to validate")
@@ -200,9 +208,27 @@ def folder(tmp_path_factory):
     return folder
 
 
+def a_process(command: str, *args: str, cwd: Path) -> CompletedProcess:
+    return python(ROOT / command, *args, cwd=cwd)
+
+
+def here(command: str, *args: str, cwd: Path) -> CompletedProcess:
+    """What `a_process` gives, by the command's `main` in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        try:
+            MAIN[command]([*args])
+        except SystemExit as ending:
+            code = ending.code or 0
+        finally:
+            setup_logging(None, quiet=True)
+    return CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="module")
 def ended(folder):
-    """Name of a mistake -> the process that made it. Each gets an OUT_DIR two levels below what is there."""
+    """Name of a mistake -> how the command ended that made it. Each gets an OUT_DIR two levels below what is there."""
 
     def run(name: str, one: Mistake):
         where = {"DATA_LOADER.DATA_DIR": folder / "data", "INFER.DATA_DIR": folder / "data", "INFER.DATASETS": "toy"}
@@ -211,11 +237,10 @@ def ended(folder):
             where["OUT_DIR"] = folder / name.replace(" ", "_") / "out"
         more = {key: filled(value, folder) for key, value in one.settings.items()}
         args = overrides(SMALL_MODEL, GLOBAL_ONLY, SMALL_TRAINING, {"OPTIM.MAX_EPOCH": 1}, where, more)
-        return python(ROOT / one.command, "--cfg", one.cfg, *args, *one.extra, cwd=folder)
+        start = a_process if name in IN_A_PROCESS else here
+        return start(one.command, "--cfg", one.cfg, *args, *one.extra, cwd=folder)
 
-    with ThreadPoolExecutor(2) as pool:
-        futures = {name: pool.submit(run, name, one) for name, one in MISTAKES.items()}
-    return {name: future.result() for name, future in futures.items()}
+    return {name: run(name, one) for name, one in MISTAKES.items()}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -260,5 +285,5 @@ def test_the_same_settings_without_a_mistake_do_train_extract_and_score(folder):
     where |= {"OUT_DIR": folder / "right", "INFER.SCALES": "[1]", "OPTIM.MAX_EPOCH": 1}
     args = overrides(SMALL_MODEL, GLOBAL_ONLY, SMALL_TRAINING, where)
     for command in (TRAIN, INFER, EVALUATE):
-        process = python(ROOT / command, "--cfg", "good.yaml", *args, cwd=folder)
+        process = here(command, "--cfg", "good.yaml", *args, cwd=folder)
         assert process.returncode == 0 and messages(process.stderr) == [], process.stderr
