@@ -151,7 +151,7 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return max(min(_free_of_machine(), *_free_of_groups()), 0)
+    return max(min([_free_of_machine(), *_free_of_groups()]), 0)
 
 
 def _free_of_machine(path: Path = Path("/proc/meminfo")) -> int:

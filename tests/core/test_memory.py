@@ -96,6 +96,13 @@ def test_what_the_machine_has(tmp_path):
     assert 0 < memory.available(CPU) < 1 << 50
 
 
+@pytest.mark.parametrize(("limits", "free"), [([], 5000), ([3000, 4000], 3000), ([-1], 0)])
+def test_the_smallest_limit_holds_and_none_is_needed(monkeypatch, limits, free):
+    monkeypatch.setattr(memory, "_free_of_machine", lambda: 5000)
+    monkeypatch.setattr(memory, "_free_of_groups", lambda: iter(limits))
+    assert memory.available(CPU) == free
+
+
 REAL = """
 import sys, torch
 from core.builders import build_classifier
