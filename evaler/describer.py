@@ -2,24 +2,16 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from core.base.download import local_path
 from core.base.errors import UserError
-from core.builders import build_descriptor, load_tested_weights
-from core.checkpoints.saved_settings import network_settings, read_saved
-from core.config import get_cfg, load_cfg
 from datasets.images.decode import ImageError, decode
 from evaler.extraction.fitting import reduce_to_fit
 from evaler.extraction.multiscale import check_lengths, describe_batch
-from model.inference import for_inference
-from model.weights.loading import architecture, normalise_names, read_checkpoint
-
-BASIC_DEPTHS = (18, 34)
+from evaler.network import load_file
 
 
 class Describer:
@@ -78,32 +70,17 @@ def load(
     """A describer with the weights of a file or an http(s) address: published ones, or a checkpoint of ours.
 
     The architecture is what the file's tensors and its own configuration tell, and `notes` of the describer say what
-    else there is to know (which of two sets of weights is used); `settings` (KEY VALUE ...) win over
-    them. `device` is `cpu` or `cuda` (default: a GPU if there is one). Raises `WeightsError` for a file that is none,
-    and `DownloadError`.
+    else there is to know (which of two sets of weights is used); `settings` (KEY VALUE ...) win over them. `device` is
+    `cpu` or `cuda` (default: a GPU if there is one). The program's settings of PyTorch (threads, TF32) stay its own.
+    Raises `WeightsError` for a file that is none, and `DownloadError`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = local_path(os.path.expanduser(weights), Path(get_cfg().DOWNLOAD_CACHE).expanduser())
-    cfg = load_cfg(None, [*settings_of(path), "TEST.WEIGHTS", str(path), "NUM_GPUS", "0", *settings])
-    network = build_descriptor(cfg)
-    _, notes = load_tested_weights(cfg, network)
-    torch.backends.cudnn.allow_tf32 = False  # or cuDNN rounds the inputs of float32 convolutions to 10 bits
-    network = network.to(device, memory_format=torch.channels_last).eval()
+    loaded = load_file(weights, device, settings)
+    infer = loaded.cfg.INFER
     return Describer(
-        for_inference(network, precision=precision, compiled=compiled),
-        scales=scales or cfg.INFER.SCALES,
-        max_pixels=cfg.INFER.MAX_PIXELS,
-        max_level_pixels=cfg.INFER.MAX_LEVEL_PIXELS,
-        notes=notes,
+        loaded.arranged(precision=precision, compiled=compiled),
+        scales=scales or infer.SCALES,
+        max_pixels=infer.MAX_PIXELS,
+        max_level_pixels=infer.MAX_LEVEL_PIXELS,
+        notes=loaded.notes,
     )
-
-
-def settings_of(path: str | os.PathLike) -> list[str]:
-    """KEY VALUE ... that build the network of a weight file. Raises `WeightsError`."""
-    content = read_checkpoint(path)
-    found = {"RESNET.STRIDE_1X1": False}  # as in every published file
-    found |= network_settings(read_saved(content.get("cfg"))[0], source=str(path))
-    found |= architecture(normalise_names(content, source=str(path)))
-    if found.get("MODEL.DEPTH") in BASIC_DEPTHS:
-        found |= {"RESNET.TRANS_FUN": "basic_transform", "MODEL.S3_DIM": 256, "MODEL.S4_DIM": 512}
-    return [str(part) for setting in found.items() for part in setting]

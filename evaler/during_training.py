@@ -14,9 +14,10 @@ from core.logging import log
 from core.processes.distributed import gather_objects, rank, world_size
 from core.processes.progress import progress
 from datasets.images.decode import ImageError
-from evaler.extraction.job import batch_size_of, limits_of, workers_of
+from evaler.extraction.job import limits_of, workers_of
 from evaler.extraction.multiscale import check_lengths, describe_batch
 from evaler.extraction.pictures import Broken, Picture, Pictures, by_size, decoded
+from evaler.network import batch_size_of
 from evaler.sources.image_list import ImageList
 from evaler.sources.images import revisited_set
 from model.classifier import Classifier

@@ -13,20 +13,17 @@ from yacs.config import CfgNode
 
 from core.arguments import load_cfg_from_args
 from core.base.errors import UserError, entry_point
-from core.base.files import sha256_file
 from core.base.progress import Counter
 from core.base.terminal import work_goes_on
-from core.base.version import code_version
-from core.builders import build_descriptor, load_tested_weights
 from core.checkpoints.output import check_writable
-from core.processes.place import device_index, place
+from core.processes.place import place
 from evaler.extraction.gpu_jpeg import nvjpeg
-from evaler.extraction.job import Job, batch_size_of
+from evaler.extraction.job import Job
 from evaler.extraction.join import discard
 from evaler.features.exports import export
 from evaler.features.provenance import Provenance
+from evaler.network import claim_process, device_of, load
 from evaler.sources.images import DISTRACTORS, ImageList, distractors, named_images, revisited_set
-from model.inference import for_inference
 
 
 @entry_point
@@ -35,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     work_goes_on()
     cfg = load_cfg_from_args("Extract descriptors of Revisited sets, distractors, or images of one's own.", argv)
     cut, total = which_shard(cfg)
+    claim_process(cfg)
     network, provenance = load_network(cfg)
     jobs = [
         Job.make(cfg, network, provenance, Path(cfg.OUT_DIR) / "features" / name, collection, images)
@@ -70,52 +68,24 @@ def which_shard(cfg: CfgNode) -> tuple[int, int]:
 
 
 def load_network(cfg: CfgNode) -> tuple[nn.Module, Provenance]:
-    """The descriptor network on this process's device, ready to describe, and the provenance of what it will give."""
-    gpu = cfg.NUM_GPUS > 0 and torch.cuda.is_available()
-    if cfg.NUM_GPUS and not gpu:
-        print(f"note: NUM_GPUS is {cfg.NUM_GPUS}, but no GPU can be used here: the CPU is", file=sys.stderr)
+    """The network that describes on `device_of` this process, and the provenance of what it will give.
+
+    Says on stdout which weights these are, and what of them is loaded. Raises as `evaler.network.load`, and `UserError`
+    for INFER.GPU_JPEG where it cannot be used.
+    """
+    device = device_of(cfg)
+    gpu = device.type == "cuda"
     if cfg.INFER.GPU_JPEG:
         if not gpu:
             raise UserError("INFER.GPU_JPEG: there is no GPU to decode on here; leave it False")
         nvjpeg()  # or torchvision lacks it
     if cfg.INFER.PRECISION == "fp16" and not gpu:
         print("note: INFER.PRECISION fp16 takes many times longer on a CPU; bf16 is made for it", file=sys.stderr)
-    if gpu:
-        here = place()
-        torch.cuda.set_device(device_index(here.local_rank if here else 0, torch.cuda.device_count()))
-    else:
-        torch.set_num_threads(cfg.INFER.THREADS)
-    torch.backends.cudnn.allow_tf32 = False  # or cuDNN rounds the inputs of float32 convolutions to 10 bits
-    network = build_descriptor(cfg)
-    path, notes = load_tested_weights(cfg, network)
-    print(f"weights: {path}, on the {torch.cuda.get_device_name() if gpu else 'CPU'}")
-    for note in notes:
+    loaded = load(cfg, device)
+    print(f"weights: {loaded.weights}, on the {torch.cuda.get_device_name(device) if gpu else 'CPU'}")
+    for note in loaded.notes:
         print(note)
-    network = network.to("cuda" if gpu else "cpu", memory_format=torch.channels_last).eval()
-    batch_size = batch_size_of(cfg, gpu=gpu)
-    provenance = Provenance(
-        weights=str(path),
-        weights_sha256=sha256_file(path),
-        depth=cfg.MODEL.DEPTH,
-        with_ma=cfg.MODEL.WITH_MA,
-        fusion=cfg.MODEL.FUSION,
-        stride_1x1=cfg.RESNET.STRIDE_1X1,
-        bn_eps=cfg.BN.EPS,
-        scales=tuple(cfg.INFER.SCALES),
-        crop_query=cfg.INFER.CROP_QUERY,
-        precision=cfg.INFER.PRECISION,
-        compiled=cfg.INFER.COMPILE,
-        resize="bilinear",
-        max_level_pixels=cfg.INFER.MAX_LEVEL_PIXELS,
-        batch_size=batch_size,
-        device="GPU" if gpu else "CPU",
-        code_version=code_version(),
-        torch=str(torch.__version__),
-        chunk_size=cfg.INFER.CHUNK_SIZE if batch_size > 1 else None,  # which images share a batch
-        threads=None if gpu else cfg.INFER.THREADS,
-        decoder="nvJPEG" if cfg.INFER.GPU_JPEG else None,  # its pixels are others
-    )
-    return for_inference(network, precision=cfg.INFER.PRECISION, compiled=cfg.INFER.COMPILE), provenance
+    return loaded.arranged(), loaded.provenance
 
 
 def image_lists(cfg: CfgNode) -> dict[str, dict[str, ImageList]]:

@@ -46,9 +46,7 @@ from evaler.features.store import (
 )
 from evaler.sources.images import ImageList
 
-# Where the configuration leaves it open.
-GPU_WORKERS = 4
-GPU_BATCH_SIZE = 8
+GPU_WORKERS = 4  # where the configuration leaves it open
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,11 +362,6 @@ class Job:
 def workers_of(cfg: CfgNode, *, gpu: bool) -> int:
     """Processes that decode, INFER.NUM_WORKERS."""
     return cfg.INFER.NUM_WORKERS if cfg.INFER.NUM_WORKERS >= 0 else GPU_WORKERS * gpu
-
-
-def batch_size_of(cfg: CfgNode, *, gpu: bool) -> int:
-    """Pictures of one size that are described together, INFER.BATCH_SIZE."""
-    return cfg.INFER.BATCH_SIZE or (GPU_BATCH_SIZE if gpu else 1)
 
 
 def limits_of(cfg: CfgNode) -> Limits:

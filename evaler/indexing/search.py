@@ -26,6 +26,7 @@ from evaler.features.provenance import Purpose
 from evaler.features.store import Features, FeaturesError, load
 from evaler.features.top_k import top_k
 from evaler.indexing import faiss_index, milvus_index
+from evaler.network import claim_process
 from evaler.sources.image_list import ImageList, LooseFiles
 from evaler.sources.image_names import search
 
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = with_weights_of(args.cfg, settings, features)
     index = faiss_index.read(cfg, folder, collection) if cfg.SEARCH.INDEX else None
     asked = photographs(args.queries)
+    claim_process(cfg)
     queries, broken = describe_files(cfg, features, asked)
     for reason in broken.values():
         print(f"error: {one_line(reason)}", file=sys.stderr)

@@ -4,17 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from yacs.config import CfgNode
 
 from core.base.errors import UserError
 from core.base.files import sha256_file
-from core.builders import build_descriptor, load_tested_weights
-from core.config import load_cfg
 from datasets.images.decode import MAX_PIXELS
 from datasets.transforms import preprocess
-from evaler.describer import settings_of
 from evaler.extraction.fitting import MAX_LEVEL_PIXELS, reduce_to_fit
 from evaler.features.provenance import Provenance
+from evaler.network import load_file
 from evaler.sources.image_list import ImageList, read_cropped
 from model.dolg import DOLG
 
@@ -37,16 +34,9 @@ def load_network(provenance: Provenance, *, weights: str = "", device: str = "cp
         raise AttentionError(f"{places[-1]}: not the weights the set was described with (sha256)")
     if provenance.fusion == "global":
         raise AttentionError(f"{paths[0]}: a global-only network has no local branch")
-    cfg = _cfg_of(paths[0], provenance)
-    network = build_descriptor(cfg)
-    load_tested_weights(cfg, network)
-    return network.to(device).eval()
-
-
-def _cfg_of(path: Path, provenance: Provenance) -> CfgNode:
-    told = {"RESNET.STRIDE_1X1": provenance.stride_1x1, "BN.EPS": provenance.bn_eps}
-    settings = [str(part) for pair in told.items() if pair[1] is not None for part in pair]
-    return load_cfg(None, [*settings_of(path), *settings, "TEST.WEIGHTS", str(path), "NUM_GPUS", "0"])
+    recorded = {"RESNET.STRIDE_1X1": provenance.stride_1x1, "BN.EPS": provenance.bn_eps}
+    settings = [str(part) for pair in recorded.items() if pair[1] is not None for part in pair]
+    return load_file(paths[0], device, settings).plain
 
 
 def attention_of(network: DOLG, images: ImageList, index: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 
 from core.base.errors import entry_point
 from core.config import load_cfg
+from evaler.network import claim_process
 from scripts.benchmarks import drift
 from scripts.benchmarks.calls import all_tables
 from scripts.benchmarks.evaluation import evaluate_cases, stream_cases
@@ -60,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.name == "drift":
         if args.cfg is None:
             parser.error("drift needs --cfg FILE")
-        rows = drift.drift(load_cfg(args.cfg, args.settings), most=args.images, compiled=args.compile)
+        cfg = load_cfg(args.cfg, args.settings)
+        claim_process(cfg)
+        rows = drift.drift(cfg, most=args.images, compiled=args.compile)
         print(drift.table(rows))
         if args.json:
             drift.write(rows, args.json)

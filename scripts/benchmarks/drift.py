@@ -15,15 +15,14 @@ from yacs.config import CfgNode
 
 from core.base.json_files import write_json
 from core.base.progress import Counter
-from core.builders import build_descriptor, load_tested_weights
 from datasets.transforms import normalise, scaled_size
 from evaler.extraction.command import image_lists
 from evaler.extraction.gpu_jpeg import nvjpeg
 from evaler.extraction.job import limits_of
 from evaler.extraction.multiscale import describe, describe_batch
 from evaler.extraction.pictures import Pictures
+from evaler.network import Network, device_of, load
 from evaler.sources.images import ImageList
-from model.inference import for_inference
 from revisitop import groundtruth, protocol
 from scripts.benchmarks.timing import machine, versions
 
@@ -85,21 +84,17 @@ def variants(*, compiled: bool, gpu: bool) -> list[Variant]:
 def drift(cfg: CfgNode, *, most: int | None = None, compiled: bool = False) -> list[Row]:
     """Describe the first set of the configuration in every way; only `most` images of each collection, if given.
 
-    A set with all of its images has mAP (easy, medium, hard). Describing is timed, decoding is not.
+    A set with all of its images has mAP (easy, medium, hard). Describing is timed, decoding is not. The process is
+    expected to be one that `evaler.network.claim_process` has set up.
     """
-    gpu = cfg.NUM_GPUS > 0 and torch.cuda.is_available()
-    if not gpu:
-        torch.set_num_threads(cfg.INFER.THREADS)
-    torch.backends.cudnn.allow_tf32 = False
-    plain = build_descriptor(cfg)
-    load_tested_weights(cfg, plain)
-    plain = plain.to("cuda" if gpu else "cpu", memory_format=torch.channels_last).eval()
+    device = device_of(cfg)
+    loaded = load(cfg, device)
     name, collections = next(iter(image_lists(cfg).items()))
     truth = None
     if most is None and "database" in collections:
         truth = groundtruth.load(groundtruth.path_of(cfg.INFER.DATA_DIR, name))
-    wanted = variants(compiled=compiled, gpu=gpu)
-    networks = {way: _network(plain, way) for way in {variant.network for variant in wanted}}
+    wanted = variants(compiled=compiled, gpu=device.type == "cuda")
+    networks = {way: _network(loaded, way) for way in {variant.network for variant in wanted}}
     count = sum(min(len(images), most or len(images)) for images in collections.values())
     rows, first = [], None
     with Counter("describing", unit="image", total=count * len(wanted)) as counter:
@@ -120,10 +115,10 @@ def drift(cfg: CfgNode, *, most: int | None = None, compiled: bool = False) -> l
     return rows
 
 
-def _network(plain: nn.Module, way: str) -> nn.Module:
+def _network(loaded: Network, way: str) -> nn.Module:
     if way == "plain":
-        return plain
-    return for_inference(plain, precision="fp32" if way == "compiled" else way, compiled=way == "compiled")
+        return loaded.plain
+    return loaded.arranged(precision="fp32" if way == "compiled" else way, compiled=way == "compiled")
 
 
 def _described(

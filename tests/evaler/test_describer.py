@@ -7,9 +7,10 @@ import torch
 from core import builders
 from core.config import load_cfg
 from datasets.images.decode import ImageError, decode
-from evaler.describer import load, settings_of
+from evaler.describer import load
 from evaler.extraction import command as extract
 from evaler.features import store as features
+from evaler.network import settings_of
 from model.weights.loading import WeightsError
 from tests.small_run import ROOT, SMALL_MODEL, overrides, photograph, python, script, write_image
 

@@ -10,7 +10,7 @@ import yaml
 from core.builders import build_classifier, load_initial_weights
 from core.checkpoints.saved_settings import check_saved_settings, network_settings
 from core.config import get_cfg, load_cfg
-from evaler.describer import settings_of
+from evaler.network import settings_of
 from model import resnet
 
 # As pycls saves it from configs/dds_baselines/resnet/R-50-1x64d_dds_8gpu.yaml: with its defaults for what is not set.
@@ -155,7 +155,7 @@ def test_features_are_those_of_pycls(monkeypatch, tmp_path):
 
 def test_the_describer_takes_what_the_run_used(tmp_path, monkeypatch):
     content = {"cfg": changed(), "model_state": {"a": torch.ones(1)}}
-    monkeypatch.setattr("evaler.describer.read_checkpoint", lambda path: content)
+    monkeypatch.setattr("evaler.network.read_checkpoint", lambda path: content)
     settings = settings_of("w.pyth")
     assert settings[settings.index("RESNET.STRIDE_1X1") + 1] == "False"
     assert get_cfg().RESNET.STRIDE_1X1
