@@ -14,7 +14,7 @@ from evaler.pages.pictures import Gallery, Shown, pictures
 from evaler.refinement.steps import Refinement
 from evaler.scoring import comparison
 from evaler.scoring.card import line, published, with_distractors
-from evaler.scoring.labels import KAPPAS, labels_of_folders, read_labels
+from evaler.scoring.labels import labels_of_folders, read_labels, record_of
 from evaler.scoring.ranked_lists import SAME, RankedList, mean_curve, own_lists, revisited_lists
 from evaler.scoring.revisited import (
     NO_REFINEMENT,
@@ -22,6 +22,7 @@ from evaler.scoring.revisited import (
     load_set,
     score_loaded,
 )
+from evaler.scoring.score import Score
 from evaler.sources.images import DISTRACTORS, distractors, revisited_set
 from revisitop import groundtruth
 from revisitop.protocol import SETTING_NAMES, SETTINGS
@@ -45,18 +46,17 @@ def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -
     """
     gnd_path = groundtruth.path_of(cfg.INFER.DATA_DIR, name)
     truth = groundtruth.load(gnd_path)
-    lists, scores, behind, made = [], [], [], []
+    lists, scores, behind = [], [], []
     for run in runs:
         folder = run.out_dir / "features" / name
         behind.append(load_distractors(run.out_dir) if DISTRACTORS in cfg.INFER.DATASETS else None)
         loaded = load_set(folder, truth, distractors=behind[-1], refinement=run.refinement)
-        made.append(loaded.provenance)
         scores.append(score_loaded(loaded, gnd_path, truth, folder, distractors=behind[-1], refinement=run.refinement))
-        aps = {setting: scores[-1][setting]["aps"] for setting in SETTINGS}
+        aps = {setting: scores[-1].settings[setting].per_query for setting in SETTINGS}
         lists.append(revisited_lists(loaded, truth, aps, top=shown.top))
     if behind[0] is not None and any(other.names != behind[0].names for other in behind[1:]):
         raise UserError("the runs have other distractors, or the same in another order: extract them from one list")
-    cards = [score["card"] for score in scores]
+    cards = [score.card for score in scores]
     images = revisited_set(cfg.INFER.DATA_DIR, name, crop_query=cards[0]["queries_cropped"] is not False)
     parts = [(images["database"], truth.imlist)]
     if behind[0] is not None:
@@ -73,14 +73,14 @@ def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -
         + (f"; {len(chosen):,} of the queries are shown" if len(chosen) < len(truth.qimlist) else ""),
         "settings": settings,
         "runs": [{"name": run.name, "card": card, "line": line(card)} for run, card in zip(runs, cards, strict=True)],
-        "table": revisited_table(scores),
+        "table": score_table(scores),
         "curves": _curves(lists, settings),
         **pictures(
             cfg,
             [(truth.qimlist[index], (images["queries"], index)) for index in chosen],
             [[of_run[index] for index in chosen] for of_run in lists],
             Gallery(parts),
-            made,
+            [score.provenance for score in scores],
             shown,
         ),
     }
@@ -93,7 +93,8 @@ def own_page(cfg: CfgNode, runs: Sequence[Run], shown: Shown, *, labels: str) ->
     used and for runs of other images, UserError for an image without label.
     """
     ((name, collections),) = image_lists(cfg).items()
-    found = [load(run.out_dir / "features" / name, "images") for run in runs]
+    folders = [run.out_dir / "features" / name for run in runs]
+    found = [load(folder, "images") for folder in folders]
     for run, features in zip(runs, found, strict=True):
         check_length(features, f"{run.out_dir / 'features' / name}: images")
         if features.names != found[0].names:
@@ -107,6 +108,10 @@ def own_page(cfg: CfgNode, runs: Sequence[Run], shown: Shown, *, labels: str) ->
         asked = [index for index in asked if members[label_of.get(names[index])] > 1]
     asked = [asked[place] for place in spread(len(asked), shown.queries)]
     lists, scores = zip(*(own_lists(features, asked, label_of, top=shown.top) for features in found), strict=True)
+    records = []
+    if label_of:
+        made = zip(scores, folders, found, strict=True)
+        records = [record_of(score, (folder, "images"), of, label_of) for score, folder, of in made]
     settings = [{"key": SAME, "name": "Same label", "right": [SAME], "ignored": []}] if label_of else []
     cards = [{"set": name, "gallery": len(names), "dim": f.vectors.shape[1], **f.provenance.to_json()} for f in found]
     gallery = Gallery([(collections["images"], names)])
@@ -116,7 +121,7 @@ def own_page(cfg: CfgNode, runs: Sequence[Run], shown: Shown, *, labels: str) ->
         f"{len(asked):,} of them as queries",
         "settings": settings,
         "runs": [{"name": run.name, "card": card, "line": ""} for run, card in zip(runs, cards, strict=True)],
-        "table": labelled_table(scores) if label_of else None,
+        "table": score_table(records) if label_of else None,
         "curves": _curves(lists, settings),
         **pictures(
             cfg,
@@ -136,31 +141,22 @@ def spread(count: int, most: int) -> list[int]:
     return [place * count // most for place in range(most)]
 
 
-def revisited_table(scores: Sequence[dict]) -> dict:
+def score_table(scores: Sequence[Score]) -> dict:
     """`columns`, and `rows` with the name of a setting, `values` (run -> column), what was published (mAP, or None),
     how many queries count, and with two runs how far they differ."""
     differences = comparison.compare(*scores) if len(scores) == 2 else {}
-    of_paper = dict(zip("MH", published(scores[0]["card"]) or (), strict=False))
-    rows = []
-    for setting, name in SETTING_NAMES.items():
-        counted = sum(ap is not None for ap in scores[0][setting]["aps"])
-        rows.append(
-            {
-                "name": name,
-                "values": [[score[setting]["mAP"], *score[setting]["mP@k"]] for score in scores],
-                "published": of_paper.get(setting),
-                "counted": counted,
-                "difference": differences.get(setting, {}).get("difference"),
-            }
-        )
-    return {"columns": ["mAP", *(f"mP@{kappa}" for kappa in scores[0]["kappas"])], "rows": rows}
-
-
-def labelled_table(scores: Sequence[dict]) -> dict:
-    columns = [*(f"recall@{kappa}" for kappa in KAPPAS), "mAP", "mAP@R"]
-    values = [[score[column] for column in columns] for score in scores]
-    row = {"name": "Same label", "values": values, "counted": scores[0]["queries"]}
-    return {"columns": columns, "rows": [row]}
+    of_paper = dict(zip("MH", published(scores[0].card) or (), strict=False))
+    rows = [
+        {
+            "name": setting.name,
+            "values": [list(score.columns(key).values()) for score in scores],
+            "published": of_paper.get(key),
+            "counted": setting.counted,
+            "difference": differences.get(key, {}).get("difference"),
+        }
+        for key, setting in scores[0].settings.items()
+    ]
+    return {"columns": list(scores[0].columns(next(iter(scores[0].settings)))), "rows": rows}
 
 
 def _curves(lists: Sequence[Sequence[RankedList]], settings: Sequence[dict]) -> list[dict]:

@@ -45,11 +45,11 @@ def make_card(
     database: Mapping,
     *,
     queries: int,
-    distractors: int,
+    distractors: int = 0,
     ground_truth_sha256: str,
-    post_processing: Sequence[str],
+    post_processing: Sequence[str] = (),
 ) -> dict:
-    """The card of one score, JSON-able, from the manifest of the set's database; what that does not tell is None."""
+    """The card of one score, JSON-able, from the manifest of what is searched; what that does not tell is None."""
     how: Provenance = database["provenance"]
     keys = ("precision", "resize", "depth", "fusion", "with_ma", "weights", "weights_sha256")
     return {

@@ -14,18 +14,22 @@ import numpy as np
 
 from core.base.arguments import Parser
 from core.base.errors import UserError, entry_point
-from core.base.json_files import write_json
+from core.base.files import sha256_file
 from datasets.lists.sources import SourceError, csv_rows, landmark_name, read_csv
 from evaler.features.places import find_collection
 from evaler.features.provenance import Purpose
-from evaler.features.store import Features, FeaturesError, check_alike, check_length, load, some
+from evaler.features.store import Features, FeaturesError, check_alike, check_length, load, read_manifest, some
 from evaler.features.top_k import top_k
-from evaler.scoring.ranked_metrics import Prediction, global_average_precision, mean_average_precision_at
+from evaler.scoring.card import make_card
+from evaler.scoring.ranked_metrics import Prediction, average_precisions_at, precisions_of_right
+from evaler.scoring.score import Score, Setting
 
 FOUND, VOTING = 100, 5
 USAGES = ("Public", "Private")
+METRICS = {"retrieval": f"mAP@{FOUND}", "recognition": "GAP"}
 NOT_SEEN = {"retrieval": "nothing found", "recognition": "no prediction"}
 Solution = dict[str, dict[str, frozenset[str]]]
+OfQuery = dict[str, float]  # query -> fraction
 
 
 def read_solution(path: Path, column: str) -> Solution:
@@ -73,8 +77,8 @@ def image_id(name: str) -> str:
     return PurePosixPath(name).stem
 
 
-def retrieval(queries: Features, index: Features, solution: Solution) -> dict[str, float]:
-    """mAP@100 in percent of each Usage that has queries; one that was rejected counts as nothing found.
+def retrieval(queries: Features, index: Features, solution: Solution) -> dict[str, OfQuery]:
+    """AP@100 of the queries of each Usage that has some; one that was rejected counts as nothing found.
 
     Raises `FeaturesError` for a query that is neither described nor rejected.
     """
@@ -84,16 +88,17 @@ def retrieval(queries: Features, index: Features, solution: Solution) -> dict[st
             described, vectors = _of(queries, relevant)
             _, found = top_k(vectors, index.vectors, FOUND)
             names = {query: [ids[i] for i in row] for query, row in zip(described, found, strict=True)}
-            scores[usage] = 100 * mean_average_precision_at(names, relevant, FOUND)
+            scores[usage] = average_precisions_at(names, relevant, FOUND)
     return scores
 
 
 def recognition(
     queries: Features, train: Features, labels: Mapping[str, str], solution: Solution, *, voting: int = VOTING
-) -> dict[str, float]:
-    """GAP in percent of each Usage. A query is taken for the landmark whose images among the `voting` nearest have the
-    largest sum of similarities, which is its confidence; of equal ones for that of the nearest image. One that was
-    rejected has no prediction.
+) -> dict[str, OfQuery]:
+    """What the queries with a landmark of each Usage add to its GAP, which is their mean.
+
+    A query is taken for the landmark whose images among the `voting` nearest have the largest sum of similarities,
+    which is its confidence; of equal ones for that of the nearest image. One that was rejected has no prediction.
 
     Raises `FeaturesError` for a query that is neither described nor rejected, `UserError` for a training image without
     label.
@@ -113,7 +118,7 @@ def recognition(
                 query: vote([labels[ids[i]] for i in row], similarities.tolist())
                 for query, row, similarities in zip(described, found, similar, strict=True)
             }
-            scores[usage] = 100 * global_average_precision(predictions, landmarks)
+            scores[usage] = precisions_of_right(predictions, landmarks)
     return scores
 
 
@@ -164,6 +169,41 @@ def _rejected(queries: Features) -> set[str]:
     return {image_id(entry.name) for entry in queries.rejected} - _rows(queries).keys()
 
 
+def mean(of_query: OfQuery) -> float:
+    """The metric, in percent, of what `retrieval` and `recognition` return."""
+    return 100 * float(np.mean(list(of_query.values())))
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def record_of(
+    task: str,
+    scores: Mapping[str, OfQuery],
+    solution: Solution,
+    card: dict,
+    searched: Features,
+    rejected: Mapping[str, int],
+) -> Score:
+    """The score of a task. Every query of the solution is named, those that do not count too: their values are None."""
+    metric, names = METRICS[task], [query for queries in solution.values() for query in queries]
+    values = {usage: mean(of_query) for usage, of_query in scores.items()}
+    return Score(
+        protocol=f"gldv2 {task}",
+        metric=metric,
+        dataset=card["set"],
+        query_names=names,
+        settings={
+            usage: Setting(usage, {metric: values[usage]}, [_percent(of_query.get(query)) for query in names])
+            for usage, of_query in scores.items()
+        },
+        card=card,
+        provenance=searched.provenance,
+        counts={"task": task, "scores": values, "rejected": dict(rejected), "searched": len(searched.names)},
+    )
+
+
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Score descriptors by the protocols of Google Landmarks v2.")
@@ -185,23 +225,32 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--voting {args.voting}: must be at least 1")
     solution = read_solution(args.solution, "images" if args.task == "retrieval" else "landmarks")
     labels = read_train_labels(args.labels) if args.labels else {}
-    queries, searched = (load(*find_collection(place)) for place in (args.queries, args.searched))
+    asked_place, searched_place = (find_collection(place) for place in (args.queries, args.searched))
+    queries, searched = load(*asked_place), load(*searched_place)
     check_alike(str(args.queries), queries, str(args.searched), searched, Purpose.SAME_SPACE)
     for place, features in ((args.queries, queries), (args.searched, searched)):
         check_length(features, str(place))
     if args.task == "retrieval":
-        scores, metric = retrieval(queries, searched, solution), f"mAP@{FOUND}"
+        scores = retrieval(queries, searched, solution)
     else:
-        scores, metric = recognition(queries, searched, labels, solution, voting=args.voting), "GAP"
+        scores = recognition(queries, searched, labels, solution, voting=args.voting)
     rejected = {usage: len(_rejected(queries) & solution[usage].keys()) for usage in scores}
     if args.json:  # before anything is printed, which may fail
-        record = {"task": args.task, "metric": metric, "unit": "percent", "scores": scores, "rejected": rejected}
-        record |= {"searched": len(searched.names), "provenance": searched.provenance.to_json()}
-        write_json(args.json, record)
-    for usage, score in scores.items():
+        card = make_card(
+            searched_place[0].name,
+            read_manifest(*searched_place),
+            queries=sum(map(len, scores.values())),
+            ground_truth_sha256=sha256_file(args.solution),
+        )
+        card |= {"query_set": asked_place[0].name}
+        if args.labels:
+            card |= {"voting": args.voting, "labels_sha256": sha256_file(args.labels)}
+        record_of(args.task, scores, solution, card, searched, rejected).write(args.json)
+    for usage, of_query in scores.items():
+        score = mean(of_query)
         lost = f", {rejected[usage]} of them rejected: {NOT_SEEN[args.task]}" if rejected[usage] else ""
         counts = f"{len(solution[usage])} queries{lost}, {len(searched.names)} images"
-        print(f"  {metric} {usage:<8}{score:>8.2f}   ({counts})")
+        print(f"  {METRICS[args.task]} {usage:<8}{score:>8.2f}   ({counts})")
     if args.task == "retrieval":
         _tell_of_absent(searched, solution, args.searched)
     if searched.rejected:

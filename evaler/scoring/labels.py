@@ -1,6 +1,7 @@
 """Scores of a set of one's own, whose images carry labels: each image is asked for the others of its label, or those of
 another set are asked for them."""
 
+import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,18 +10,20 @@ import numpy as np
 
 from core.base.arguments import Parser
 from core.base.errors import UserError, entry_point
-from core.base.json_files import write_json
 from datasets.lists.sources import read_csv
 from datasets.normalisation import note_on_name
 from evaler.features.places import find_collection
 from evaler.features.provenance import Purpose
-from evaler.features.store import Features, check_alike, check_length, load, some
+from evaler.features.store import Features, check_alike, check_length, load, read_manifest, some
+from evaler.scoring.card import make_card
 from evaler.scoring.ranked_metrics import average_precision, average_precision_at_r, recall_at
+from evaler.scoring.score import Score, Setting
 from evaler.sources.training_list import is_training_list, read_training_list
 from revisitop.average_precision import without_junk
 from revisitop.streamed_ranks import standings
 
 KAPPAS = (1, 5, 10)
+SAME_LABEL = "same"
 QUERIES_AT_ONCE = 256
 # 1 - cosine of one photograph described twice: on two machines, or stored as float16 (1e-7 to 1e-6).
 SAME_DESCRIPTOR = 1e-5
@@ -58,7 +61,8 @@ def score_labelled(
     nothing to find are not counted.
 
     Returns in percent, means over the queries: `recall@k` for each k, `mAP` (mean of the precision at each positive),
-    `mAP@R`; and `queries`, `alone` (those not counted), `own` (queries apart that are images too), `images`, `labels`.
+    `mAP@R`; and `queries`, `alone` (those not counted), `own` (queries apart that are images too), `images`, `labels`;
+    and `aps`, the average precision of each query, None for those not counted.
     Equal scores rank by the smaller index.
     Raises `UserError` for an image without label, and if there is nothing to find for any.
     """
@@ -89,7 +93,11 @@ def score_labelled(
                 values[f"recall@{k}"].append(recall_at(ranks, k))
             values["mAP"].append(average_precision(ranks))
             values["mAP@R"].append(average_precision_at_r(ranks))
+    aps: list[float | None] = [None] * len(queries.names)
+    for index, ap in zip(counted, values["mAP"], strict=True):
+        aps[index] = 100 * ap
     return {key: 100 * float(np.mean(of_all)) for key, of_all in values.items()} | {
+        "aps": aps,
         "unit": "percent",
         "queries": len(counted),
         "alone": len(queries.names) - len(counted),
@@ -97,6 +105,32 @@ def score_labelled(
         "images": len(features.names),
         "labels": len(members),
     }
+
+
+def record_of(
+    scored: Mapping,
+    place: tuple[Path, str],
+    features: Features,
+    labels: Mapping[str, str],
+    *,
+    asked: tuple[Features, Mapping[str, str]] | None = None,
+) -> Score:
+    """The score of what `score_labelled` returned. place: folder and collection of the features."""
+    queries, _ = asked or (features, labels)
+    parts = [(features, labels), *([asked] if asked else [])]
+    lines = "".join(f"{name}\t{of[name]}\n" for some_features, of in parts for name in sorted(some_features.names))
+    sha256 = hashlib.sha256(lines.encode()).hexdigest()
+    values = {key: value for key, value in scored.items() if key.startswith(("recall@", "mAP"))}
+    return Score(
+        protocol="labels",
+        metric="mAP",
+        dataset=place[0].name,
+        query_names=list(queries.names),
+        settings={SAME_LABEL: Setting("Same label", values, scored["aps"])},
+        card=make_card(place[0].name, read_manifest(*place), queries=scored["queries"], ground_truth_sha256=sha256),
+        provenance=features.provenance,
+        counts={key: value for key, value in scored.items() if key not in ("aps", "unit")},
+    )
 
 
 def own_images(queries: Features, features: Features) -> dict[int, list[int]]:
@@ -178,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         check_alike(str(args.index), features, str(args.queries), asked[0], Purpose.ADDABLE)
     score = score_labelled(features, labels, asked=asked)
     if args.json:  # before anything is printed, which may fail
-        write_json(args.json, score | {"provenance": features.provenance.to_json()})
+        record_of(score, find_collection(args.index), features, labels, asked=asked).write(args.json)
     if asked:
         _tell_of_copies(asked[0], features)
     print(f"{args.index}: {score['images']} images, {score['labels']} labels")

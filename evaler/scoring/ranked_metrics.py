@@ -32,43 +32,45 @@ def average_precision_at(found: Sequence[str], relevant: Collection[str], k: int
     return total / min(len(relevant), k)
 
 
-def mean_average_precision_at(
+def average_precisions_at(
     found: Mapping[str, Sequence[str]], relevant: Mapping[str, Collection[str]], k: int = 100
-) -> float:
-    """Mean of `average_precision_at` over all queries of `relevant`; one for which nothing was found has 0.
+) -> dict[str, float]:
+    """`average_precision_at` of each query of `relevant`; one for which nothing was found has 0. Their mean is mAP@k.
 
     Raises UserError for a query that `relevant` does not know.
     """
     unknown = found.keys() - relevant.keys()
     if unknown:
         raise UserError(f"{len(unknown)} queries are not in the solution, {min(unknown)} for one")
-    return float(np.mean([average_precision_at(found.get(query, ()), names, k) for query, names in relevant.items()]))
+    return {query: average_precision_at(found.get(query, ()), names, k) for query, names in relevant.items()}
 
 
-def global_average_precision(predictions: Mapping[str, Prediction], landmarks: Mapping[str, Collection[str]]) -> float:
-    """Micro-AP (GAP) of recognition: all predictions in one ranking by confidence, equal ones by the query's name.
+def precisions_of_right(
+    predictions: Mapping[str, Prediction], landmarks: Mapping[str, Collection[str]]
+) -> dict[str, float]:
+    """Of each query with a landmark the precision at its prediction, 0 if this is wrong; their mean is the micro-AP
+    (GAP) of recognition. All predictions are in one ranking by confidence, equal ones by the query's name; queries
+    without landmark (`landmarks[query]` is empty) are never right, but a confident prediction for them costs others.
 
-    sum of precision at each right prediction, over the number of queries with a landmark. Queries without one
-    (`landmarks[query]` is empty) are never right, so that a confident prediction for them costs precision.
     Weyand et al., CVPR 2020. Raises UserError for a query that `landmarks` does not know, for a
     confidence that is not finite, and if no query has a landmark.
     """
     unknown = predictions.keys() - landmarks.keys()
     if unknown:
         raise UserError(f"{len(unknown)} queries are not in the solution, {min(unknown)} for one")
-    count = sum(bool(names) for names in landmarks.values())
-    if not count:
+    precision = {query: 0.0 for query, names in landmarks.items() if names}
+    if not precision:
         raise UserError("no query of the solution has a landmark")
     for query, prediction in predictions.items():
         if not np.isfinite(prediction.confidence):
             raise UserError(f"the confidence of {query} is {prediction.confidence}")
-    hits, total = 0, 0.0
+    hits = 0
     ranking = sorted(predictions, key=lambda query: (-predictions[query].confidence, query))
     for place, query in enumerate(ranking, start=1):
         if predictions[query].landmark in landmarks[query]:
             hits += 1
-            total += hits / place
-    return total / count
+            precision[query] = hits / place
+    return precision
 
 
 def recall_at(ranks: np.ndarray, k: int) -> float:

@@ -13,12 +13,12 @@ from yacs.config import CfgNode
 from core.arguments import load_cfg_from_args
 from core.base.errors import UserError, entry_point
 from core.base.files import sha256_file
-from core.base.json_files import write_json
 from evaler.features.provenance import Provenance, Purpose
 from evaler.features.rows import Stacked
 from evaler.features.store import Features, align, check_alike, check_length, load, read_manifest, some
 from evaler.refinement.steps import Refinement
 from evaler.scoring.card import line, make_card, network_name, published, with_distractors
+from evaler.scoring.score import REVISITED, Score, Setting
 from evaler.sources.images import DISTRACTORS
 from revisitop import groundtruth, protocol
 from revisitop.groundtruth import GroundTruth
@@ -72,56 +72,53 @@ def load_set(
     return LoadedSet(*refinement.apply(aligned[0], gallery), database.provenance.relevant(Purpose.SAME_RUN))
 
 
-def score_features(loaded: LoadedSet, ground_truth: GroundTruth, *, kappas: Sequence[int] = KAPPAS) -> dict[str, dict]:
+def score_features(
+    loaded: LoadedSet, ground_truth: GroundTruth, *, kappas: Sequence[int] = KAPPAS
+) -> dict[str, Setting]:
     """For "E", "M" and "H": `mAP`, `mAP_bracket` (a list: the least and the largest that another order of equal
-    scores gives), `mP@k` (a list) and `aps` (a list, a query each) in percent, None where no query, or this one, has
-    positives; and `provenance`.
+    scores gives) and `mP@k` (a list), in percent; the value of a query is its average precision. None where no query,
+    or this one, has positives.
     """
     fractions = protocol.evaluate(loaded.queries, loaded.gallery, ground_truth, kappas, first=loaded.first)
-    result: dict[str, dict] = {
-        setting: {
-            "mAP": _percent(values["mAP"]),
-            "mAP_bracket": [_percent(value) for value in values["mAP_bracket"]],
-            "mP@k": [_percent(value) for value in values["mP@k"]],
-            "aps": [_percent(value) for value in values["aps"]],
-        }
-        for setting, values in fractions.items()
+    return {
+        key: Setting(
+            protocol.SETTING_NAMES[key],
+            {
+                "mAP": _percent(values["mAP"]),
+                "mAP_bracket": [_percent(value) for value in values["mAP_bracket"]],
+                "mP@k": [_percent(value) for value in values["mP@k"]],
+            },
+            [_percent(value) for value in values["aps"]],
+        )
+        for key, values in fractions.items()
     }
-    result["provenance"] = loaded.provenance.to_json()
-    return result
 
 
-def table(score: dict) -> str:
-    """The score of a set, as `score_set` returns it, as text for a terminal."""
-    provenance = Provenance.from_json(score["provenance"])
-    counts = f"{score['queries']} queries{_cropped(provenance)}, {score['database']} database images"
-    card = score.get("card")
-    name = f"{score['dataset']}{with_distractors(card['distractors']) if card else ''}"
+def table(score: Score) -> str:
+    """The score of a set as text for a terminal."""
+    provenance, card, queries = score.provenance, score.card, score.counts["queries"]
+    counts = f"{queries} queries{_cropped(provenance)}, {score.counts['database']} database images"
     origin = f"weights {network_name(provenance.weights, provenance.weights_sha256)}"
     if provenance.scales is not None:
         origin += f", scales {' '.join(f'{scale:g}' for scale in provenance.scales)}"
-    heads = ["mAP", *(f"mP@{kappa}" for kappa in score["kappas"])]
-    lines = [f"{name}: {counts}", origin, "", " " * 10 + "".join(f"{head:>9}" for head in heads)]
-    for setting, name in protocol.SETTING_NAMES.items():
-        values = [score[setting]["mAP"], *score[setting]["mP@k"]]
-        cells = "".join(f"{'-' if value is None else f'{value:.2f}':>9}" for value in values)
-        counted = sum(ap is not None for ap in score[setting]["aps"])
-        note = "" if counted == score["queries"] else f"   ({counted} of {score['queries']} queries have positives)"
-        lines.append(f"  {name:<8}{cells}{note}")
-        low, high = score[setting].get("mAP_bracket") or (None, None)
+    rows = {key: score.columns(key) for key in score.settings}
+    heads = "".join(f"{head:>9}" for head in next(iter(rows.values())))
+    lines = [f"{score.dataset}{with_distractors(card['distractors'])}: {counts}", origin, "", " " * 10 + heads]
+    for key, setting in score.settings.items():
+        cells = "".join(f"{'-' if value is None else f'{value:.2f}':>9}" for value in rows[key].values())
+        note = "" if setting.counted == queries else f"   ({setting.counted} of {queries} queries have positives)"
+        lines.append(f"  {setting.name:<8}{cells}{note}")
+        low, high = setting.values["mAP_bracket"]
         if low is not None and high - low > SHOWN_BRACKET:
             lines.append(
                 f"          equal scores: {low:.2f} to {high:.2f}, by their order (here the smaller index first)"
             )
-    if card:
-        found = published(card)
-        if found:
-            how = "cropped" if card["queries_cropped"] else "not cropped"
-            lines.append(
-                f"  DOLG R{card['depth']} as published (queries {how}): Medium {found[0]:.2f}, Hard {found[1]:.2f}"
-            )
-        lines += ["", f"  {line(card)}"]
-    return "\n".join(lines)
+    if paper := published(card):
+        how = "cropped" if card["queries_cropped"] else "not cropped"
+        lines.append(
+            f"  DOLG R{card['depth']} as published (queries {how}): Medium {paper[0]:.2f}, Hard {paper[1]:.2f}"
+        )
+    return "\n".join([*lines, "", f"  {line(card)}"])
 
 
 def score_set(
@@ -131,7 +128,7 @@ def score_set(
     *,
     distractors: Features | None = None,
     refinement: Refinement = NO_REFINEMENT,
-) -> tuple[dict, Path]:
+) -> tuple[Score, Path]:
     """Score one extracted set and write `<out_dir>/scores/<name>.json`; returns what is written, and where.
 
     With distractors the file is `<name>_with_distractors.json`, and `_processed` is put behind it with refinement.
@@ -143,7 +140,7 @@ def score_set(
     score = score_loaded(loaded, gnd_path, ground_truth, folder, distractors=distractors, refinement=refinement)
     suffix = f"{'_with_distractors' if distractors else ''}{'_processed' if refinement else ''}"
     path = Path(out_dir) / "scores" / f"{name}{suffix}.json"
-    write_json(path, score)
+    score.write(path)
     return score, path
 
 
@@ -155,10 +152,9 @@ def score_loaded(
     *,
     distractors: Features | None = None,
     refinement: Refinement = NO_REFINEMENT,
-) -> dict:
+) -> Score:
     """The score of what `load_set` has loaded from OUT_DIR/features/<set>, with its card: what `score_set` writes."""
     name = folder.name
-    scores = score_features(loaded, ground_truth)
     manifests = [read_manifest(folder, "database"), read_manifest(folder, "queries")]
     if distractors is not None:
         manifests.append(read_manifest(folder.parent / DISTRACTORS, "distractors"))
@@ -170,17 +166,20 @@ def score_loaded(
         ground_truth_sha256=sha256_file(gnd_path),
         post_processing=refinement.lines([manifest["sha256"]["npy"] for manifest in manifests]),
     )
-    return {
-        "unit": "percent",
-        "dataset": name,
-        "kappas": list(KAPPAS),
-        "queries": len(ground_truth.qimlist),
-        "database": len(ground_truth.imlist),
-        **scores,
-        "query_names": list(ground_truth.qimlist),
-        "ground_truth_sha256": card["ground_truth_sha256"],
-        "card": card,
-    }
+    return Score(
+        protocol=REVISITED,
+        metric="mAP",
+        dataset=name,
+        query_names=list(ground_truth.qimlist),
+        settings=score_features(loaded, ground_truth),
+        card=card,
+        provenance=loaded.provenance,
+        counts={
+            "kappas": list(KAPPAS),
+            "queries": len(ground_truth.qimlist),
+            "database": len(ground_truth.imlist),
+        },
+    )
 
 
 @entry_point
@@ -215,12 +214,15 @@ def load_distractors(out_dir: str | os.PathLike) -> Features:
     return distractors
 
 
-def _tell_of_other_settings(cfg: CfgNode, score: dict) -> None:
-    for key, value in {"scales": cfg.INFER.SCALES, "crop_query": cfg.INFER.CROP_QUERY}.items():
-        extracted = score["provenance"].get(key, value)
-        if extracted != value:
-            told = f"was extracted with INFER.{key.upper()} {extracted}, not {value} as configured"
-            print(f"note: {score['dataset']} {told}", file=sys.stderr)
+def _tell_of_other_settings(cfg: CfgNode, score: Score) -> None:
+    how, infer = score.provenance, cfg.INFER
+    for key, extracted, value in (
+        ("SCALES", None if how.scales is None else list(how.scales), list(infer.SCALES)),
+        ("CROP_QUERY", how.crop_query, infer.CROP_QUERY),
+    ):
+        if extracted is not None and extracted != value:
+            told = f"was extracted with INFER.{key} {extracted}, not {value} as configured"
+            print(f"note: {score.dataset} {told}", file=sys.stderr)
 
 
 def _tell_of_own_queries(name: str, gnd_path: Path) -> None:

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from evaler.scoring.comparison import compare, compare_aps, main, read_score, table
+from evaler.scoring.comparison import compare, compare_queries, main, table
+from evaler.scoring.score import Score, read
 from tests.small_run import ROOT
 
 CARD = {"set": "toy", "gallery": 9, "distractors": 0, "ground_truth_sha256": "a", "scales": [1.0], "weights": "x"}
@@ -20,19 +21,23 @@ def score(easy, medium, hard, **card):
     return {"query_names": names, "card": CARD | card, **settings}
 
 
+def of(record):
+    return Score.from_json(record, "here")
+
+
 A = score([50.0, None, 20.0], [10.0, 20.0, 30.0], [None] * 3)
 B = score([60.0, None, 20.0], [10.0, 50.0, 25.0], [None] * 3, scales=[0.5, 1.0], weights="y")
 
 
 def test_by_hand():
-    result = compare(A, B)
+    result = compare(of(A), of(B))
     easy, medium = result["E"]["difference"], result["M"]["difference"]
     assert (easy["a"], easy["b"], easy["better"], easy["worse"], easy["queries"]) == (35, 40, 1, 0, 2)
     assert (medium["a"], medium["better"], medium["worse"], medium["queries"]) == (20, 1, 1, 3)
     assert medium["b"] == pytest.approx(85 / 3)
     assert result["M"]["queries"] == [("q1", 20.0, 50.0), ("q2", 30.0, 25.0), ("q0", 10.0, 10.0)]
     assert "H" not in result and result["card"] == {"scales": [[1.0], [0.5, 1.0]]}
-    text = table(result, most=1)
+    text = table(result, of(A), most=1)
     assert "Medium     20.00   28.33    +8.33" in text and "q1" in text and "q2" not in text
     assert "no query has positives" in text and "holds 0" in text and "differs: scales" in text
 
@@ -41,7 +46,7 @@ def test_the_interval_is_that_of_the_mean():
     """For many queries the bootstrap's interval is the normal one: mean +- 1.96 standard errors."""
     rng = np.random.default_rng(3)
     a, change = rng.uniform(20, 80, 400), rng.normal(1, 5, 400)
-    found = compare_aps(a, a + change)
+    found = compare_queries(a, a + change)
     error = change.std() / 20
     assert found.mean == pytest.approx(change.mean())
     assert found.low == pytest.approx(change.mean() - 1.96 * error, abs=0.1 * error)
@@ -51,9 +56,9 @@ def test_the_interval_is_that_of_the_mean():
 def test_pairs_are_kept_together():
     """The same change of every query is certain, however different the queries are."""
     a = np.arange(0, 70.0)
-    found = compare_aps(a, a + 2)
+    found = compare_queries(a, a + 2)
     assert (found.low, found.high, found.better) == (pytest.approx(2), pytest.approx(2), 70)
-    same = compare_aps(a, a)
+    same = compare_queries(a, a)
     assert (same.low, same.high, same.better, same.worse) == (0, 0, 0, 0)
 
 
@@ -62,12 +67,12 @@ def test_scores_that_cannot_be_compared(key):
     other = copy.deepcopy(A)
     other["card"][key] = "other"
     with pytest.raises(ValueError, match=f"cannot be compared: {key} is"):
-        compare(A, other)
+        compare(of(A), of(other))
 
 
 def test_other_queries():
     with pytest.raises(ValueError, match="their queries are others"):
-        compare(A, A | {"query_names": ["q0", "q1", "other"]})
+        compare(of(A), of(A | {"query_names": ["q0", "q1", "other"]}))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ def test_files_that_are_no_scores(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="a.json: not ") as caught:
-        read_score(path)
+        read(path)
     assert "\n" not in str(caught.value)
 
 

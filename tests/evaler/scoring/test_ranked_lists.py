@@ -51,7 +51,7 @@ def test_a_revisited_ranking(case, reranked):
     truth = truth_of(roles)
     loaded = LoadedSet(queries, database, first, Provenance())
     scored = score_features(loaded, truth)
-    lists = revisited_lists(loaded, truth, {setting: scored[setting]["aps"] for setting in SETTINGS}, top=top)
+    lists = revisited_lists(loaded, truth, {setting: scored[setting].per_query for setting in SETTINGS}, top=top)
     names = {"e": "easy", "h": "hard", "j": "junk", "n": "negative"}
     for query, order, row, one in zip(queries, orders, roles, lists, strict=True):
         assert [image for image, _, _ in one.found] == order[:top]

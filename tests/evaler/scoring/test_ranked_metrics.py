@@ -12,10 +12,15 @@ from evaler.scoring.ranked_metrics import (
     average_precision,
     average_precision_at,
     average_precision_at_r,
-    global_average_precision,
-    mean_average_precision_at,
+    average_precisions_at,
+    precisions_of_right,
     recall_at,
 )
+
+
+def mean_of(metric, *arguments):
+    """mAP@k or GAP."""
+    return np.mean(list(metric(*arguments).values()))
 
 
 @pytest.mark.parametrize(
@@ -36,9 +41,9 @@ def test_average_precision_at_k(found, relevant, k, expected):
 
 def test_queries_without_an_answer_count_as_zero_and_unknown_ones_are_refused():
     relevant = {"p": {"a"}, "q": {"b"}}
-    assert mean_average_precision_at({"p": ["a"]}, relevant) == 0.5
+    assert mean_of(average_precisions_at, {"p": ["a"]}, relevant) == 0.5
     with pytest.raises(ValueError, match="1 queries are not in the solution, r for one"):
-        mean_average_precision_at({"r": []}, relevant)
+        average_precisions_at({"r": []}, relevant)
     with pytest.raises(ValueError, match="without relevant"):
         average_precision_at(["a"], set(), 5)
 
@@ -60,7 +65,7 @@ LANDMARKS = {"p": {"1"}, "q": {"2", "3"}, "r": {"4"}, "none": set()}
 )
 def test_global_average_precision(predictions, expected):
     predictions = {query: Prediction(*values) for query, values in predictions.items()}
-    assert global_average_precision(predictions, LANDMARKS) == pytest.approx(expected)
+    assert mean_of(precisions_of_right, predictions, LANDMARKS) == pytest.approx(expected)
 
 
 @given(
@@ -79,16 +84,16 @@ def test_global_average_precision_against_a_slower_one(landmarks, answers, silen
             before = [q for q, p in predictions.items() if (-p.confidence, q) <= (-confidence, query)]
             total += sum(predictions[q].landmark in right[q] for q in before) / len(before)
     expected = total / sum(bool(names) for names in landmarks)
-    assert global_average_precision(predictions, right) == pytest.approx(expected)
+    assert mean_of(precisions_of_right, predictions, right) == pytest.approx(expected)
 
 
 def test_predictions_that_cannot_be_ranked():
     with pytest.raises(ValueError, match="x for one"):
-        global_average_precision({"x": Prediction("1", 1)}, LANDMARKS)
+        precisions_of_right({"x": Prediction("1", 1)}, LANDMARKS)
     with pytest.raises(ValueError, match="confidence of p is nan"):
-        global_average_precision({"p": Prediction("1", float("nan"))}, LANDMARKS)
+        precisions_of_right({"p": Prediction("1", float("nan"))}, LANDMARKS)
     with pytest.raises(ValueError, match="no query of the solution"):
-        global_average_precision({}, {"none": set()})
+        precisions_of_right({}, {"none": set()})
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,6 @@ def test_google_landmarks_by_its_official_code():
     relevant = {q: {f"i{draw.randrange(200)}" for _ in range(draw.randrange(1, 150))} for q in names[:12]}
     found = {q: [f"i{draw.randrange(200)}" for _ in range(draw.randrange(140))] for q in names[:11]}
     assert (len(taken), sum(map(bool, landmarks.values()))) == (25, 18)
-    assert global_average_precision(taken, landmarks) == pytest.approx(0.15141345715335036, abs=1e-14)
-    assert mean_average_precision_at(found, relevant) == pytest.approx(0.08729380942573171, abs=1e-14)
-    assert mean_average_precision_at(found, relevant, 10) == pytest.approx(0.13937830687830685, abs=1e-14)
+    assert mean_of(precisions_of_right, taken, landmarks) == pytest.approx(0.15141345715335036, abs=1e-14)
+    assert mean_of(average_precisions_at, found, relevant) == pytest.approx(0.08729380942573171, abs=1e-14)
+    assert mean_of(average_precisions_at, found, relevant, 10) == pytest.approx(0.13937830687830685, abs=1e-14)

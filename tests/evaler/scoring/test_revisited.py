@@ -15,8 +15,11 @@ import pytest
 from core.base.files import sha256_file
 from evaler.features.provenance import Provenance
 from evaler.features.store import Features, FeaturesError, save
+from evaler.scoring.card import make_card
 from evaler.scoring.revisited import load_set, main, score_features, table
+from evaler.scoring.score import Score, Setting
 from revisitop import groundtruth
+from revisitop.protocol import SETTING_NAMES
 
 ROOT = Path(__file__).resolve().parents[3]
 PROVENANCE = {
@@ -263,7 +266,7 @@ def without(features, name):
 def test_features_that_do_not_fit_are_refused(place, name, features, message):
     folder = place / "out" / "features" / "tiny"
     truth = groundtruth.load(place / "data" / "tiny" / "gnd_tiny.pkl")
-    assert score_features(load_set(folder, truth), truth)["M"]["mAP"] == pytest.approx(MEDIUM)
+    assert score_features(load_set(folder, truth), truth)["M"].values["mAP"] == pytest.approx(MEDIUM)
     save(folder, name, features)
     with pytest.raises(FeaturesError) as caught:
         load_set(folder, truth)
@@ -271,9 +274,15 @@ def test_features_that_do_not_fit_are_refused(place, name, features, message):
 
 
 def test_the_table_says_when_queries_were_not_cropped_and_does_without_provenance(place):
-    score = {"dataset": "x", "queries": 1, "database": 2, "kappas": [1], "provenance": {"crop_query": False}}
-    score |= {setting: {"mAP": 12.345, "mP@k": [1.0], "aps": [1.0]} for setting in "EMH"}
-    text = table(score)
+    how = Provenance(crop_query=False)
+    card = make_card(
+        "x", {"provenance": how, "count": 2, "dim": 4, "dtype": "float32"}, queries=1, ground_truth_sha256="0"
+    )
+    values = {"mAP": 12.345, "mAP_bracket": [12.345, 12.345], "mP@k": [1.0]}
+    settings = {key: Setting(name, values, [1.0]) for key, name in SETTING_NAMES.items()}
+    known = {"protocol": "revisited", "metric": "mAP", "dataset": "x", "query_names": ["q"], "card": card}
+    counts = {"queries": 1, "database": 2, "kappas": [1]}
+    text = table(Score(**known, settings=settings, provenance=how, counts=counts))
     assert text.splitlines()[:2] == ["x: 1 queries (not cropped), 2 database images", "weights unknown"]
     assert "Easy        12.35     1.00" in text or "Easy        12.34     1.00" in text
 
