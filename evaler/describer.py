@@ -11,7 +11,7 @@ from core.base.errors import UserError
 from datasets.images.decode import ImageError, decode
 from evaler.extraction.fitting import reduce_to_fit
 from evaler.extraction.multiscale import check_lengths, describe_batch
-from evaler.network import load_file
+from evaler.network import load_file, without_tf32
 
 
 class Describer:
@@ -38,9 +38,10 @@ class Describer:
         Raises `ImageError` naming a file that is missing, truncated or no image, and `UserError` for other pixels and
         for a descriptor that is zero or not finite.
         """
-        if isinstance(images, str | os.PathLike | np.ndarray):
-            return self._describe(images)
-        return np.stack([self._describe(image) for image in images])
+        with without_tf32():
+            if isinstance(images, str | os.PathLike | np.ndarray):
+                return self._describe(images)
+            return np.stack([self._describe(image) for image in images])
 
     def _describe(self, image: str | os.PathLike | np.ndarray) -> np.ndarray:
         pixels = image if isinstance(image, np.ndarray) else decode(image, max_pixels=self.max_pixels)
@@ -77,8 +78,10 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_file(weights, device, settings)
     infer = loaded.cfg.INFER
+    with without_tf32():
+        network = loaded.arranged(precision=precision, compiled=compiled)
     return Describer(
-        loaded.arranged(precision=precision, compiled=compiled),
+        network,
         scales=scales or infer.SCALES,
         max_pixels=infer.MAX_PIXELS,
         max_level_pixels=infer.MAX_LEVEL_PIXELS,

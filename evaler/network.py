@@ -4,9 +4,10 @@ Every descriptor of `evaler` comes from here. What all of PyTorch shares (thread
 is: a program that loads a network keeps its own settings. A command calls `claim_process` in its `main`.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -119,6 +120,31 @@ def device_of(cfg: CfgNode) -> torch.device:
         here = place()
         return torch.device("cuda", device_index(here.local_rank if here else 0, torch.cuda.device_count()))
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """cuDNN does not round the inputs of float32 convolutions to 10 bits; afterwards all is as the program had it.
+
+    For the time of a call, in a process that is not ours. Threads that run convolutions meanwhile get the same.
+    """
+    cudnn = torch.backends.cudnn
+    operators = [cudnn.conv, cudnn.rnn]
+    before = [operator.fp32_precision for operator in operators]
+    try:
+        allowed = cudnn.allow_tf32
+    except RuntimeError:  # the program sets the two operators apart, which has no common name
+        allowed = None
+    cudnn.allow_tf32 = False
+    for operator in operators:
+        operator.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if allowed is not None:
+            cudnn.allow_tf32 = allowed
+        for operator, precision in zip(operators, before, strict=True):
+            operator.fp32_precision = precision
 
 
 def claim_process(cfg: CfgNode) -> torch.device:

@@ -11,13 +11,14 @@ CALLS = re.compile(
     r"(set_num_threads|set_num_interop_threads|set_float32_matmul_precision|setNumThreads|set_device|manual_seed"
     r"|set_default_dtype|set_default_device|use_deterministic_algorithms|set_float32_precision)$"
 )
-ASSIGNED = re.compile(r"torch\.backends\.|cudnn\.(allow_tf32|benchmark|deterministic)")
+ASSIGNED = re.compile(r"torch\.backends\.|cudnn\.(allow_tf32|benchmark|deterministic)|.*\.fp32_precision$")
 # Where, and whose process it is. Nothing that a program calls for descriptors may be added.
 ALLOWED = {
     "core/step.py set_float32_precision": "called by what is listed here",
     "core/trainer.py train": "training's process",
     "core/processes/launch.py": "training's processes",
     "evaler/network.py claim_process": "called by a command's main",
+    "evaler/network.py without_tf32": "for the time of a call, and put back",
     "evaler/during_training.py _untimed": "training's process; put back afterwards",
     "model/inference.py": "for the time of a call, and put back",
     "datasets/worker.py": "a worker's process",

@@ -55,6 +55,36 @@ def test_a_program_that_loads_a_network_keeps_its_settings(tmp_path, host, cfg):
     assert shared() == host
 
 
+@pytest.fixture
+def operators_apart(monkeypatch):
+    """A program that sets the precision of convolutions alone, which PyTorch's common name cannot tell."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "ieee", "tf32"
+    yield
+    cudnn.allow_tf32 = True
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
+
+
+@pytest.mark.parametrize("setting", ["host", "operators_apart"])
+def test_a_describer_computes_without_tf32_and_puts_it_back(request, tmp_path, cfg, setting):
+    request.getfixturevalue(setting)
+    cudnn, seen = torch.backends.cudnn, []
+
+    def now():
+        return cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+
+    before = now()
+    for precision in ("fp32", "bf16"):
+        describe = describer.load(cfg.TEST.WEIGHTS, device="cpu", precision=precision, scales=[1.0])
+        describe.network.register_forward_pre_hook(lambda *_: seen.append((cudnn.allow_tf32, *now())))
+        describe(photograph(0, 40, 48))
+        with pytest.raises(ValueError, match="pixels are"):
+            describe(np.zeros((4, 4)))
+        assert now() == before
+    assert seen == [(False, "ieee", "ieee")] * 2
+
+
 def test_a_command_sets_them(host, cfg):
     assert network.claim_process(cfg) == torch.device("cpu")
     assert shared()[:2] == (1, False)
