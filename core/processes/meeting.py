@@ -8,12 +8,15 @@ the store for themselves.
 import contextlib
 import datetime
 import os
+import queue
 import re
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
@@ -24,6 +27,7 @@ from core.processes.place import Place, place, under_agent, whole_number
 MISTAKE = "dolg/mistake"  # key of the store: the user's mistake that has ended the run
 AGENT_TIMEOUT = datetime.timedelta(seconds=60)  # the store of torchrun is there before its processes are
 NAME_TIMEOUT = 20.0  # seconds until a name that nobody knows is a mistake: it may be about to be told to the network
+ANSWER_TIMEOUT = 20.0  # seconds for one question to the store; a machine that is cut off stays silent for many minutes
 PAUSE = 0.05  # seconds between two looks at the store; a wait inside of it would not hear a signal
 
 _store: dist.Store | None = None  # of the run, once this process has opened it
@@ -118,9 +122,32 @@ def _poll(done: Callable[[], bool], here: Place, deadline: float) -> None:
 
 def _asked(done: Callable[[], bool], here: Place) -> bool:
     try:
-        return done()
-    except dist.DistError as error:
+        return _answer(done)
+    except (dist.DistError, TimeoutError) as error:
         raise Failure(f"process {here.rank} of {here.world} lost the others at the start ({one_line(error)})") from None
+
+
+def _answer(question: Callable[[], Any]) -> Any:
+    """`question()` about the store, whose own timeout knows nothing of a connection that is dead.
+
+    Raises what it raises, and `TimeoutError` after ANSWER_TIMEOUT; the thread that still asks ends with the process.
+    """
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put((question(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=ANSWER_TIMEOUT)
+    except queue.Empty:
+        raise TimeoutError(f"the store has not answered for {ANSWER_TIMEOUT:.0f} s") from None
+    if error is not None:
+        raise error
+    return answer
 
 
 def _check_devices(names: list[str]) -> None:
@@ -158,13 +185,14 @@ def told_once() -> Iterator[None]:
 
 def _mistake(own: str = "") -> str | None:
     """What has been told, by way of the store; `own` if nothing has. None where there is none, or no store any more."""
+    store = _store
+    if store is None:
+        return None
     try:
-        if _store is None:
-            return None
         if own:
-            return _store.compare_set(MISTAKE, "", own).decode()
-        return _store.get(MISTAKE).decode() if _store.check([MISTAKE]) else None
-    except RuntimeError:  # the process that held it has ended
+            return _answer(lambda: store.compare_set(MISTAKE, "", own)).decode()
+        return _answer(lambda: store.get(MISTAKE) if store.check([MISTAKE]) else b"").decode() or None
+    except (RuntimeError, TimeoutError):  # the process that held it has ended, or cannot be reached
         return None
 
 

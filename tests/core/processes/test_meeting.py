@@ -94,3 +94,36 @@ def test_the_living_find_each_other_and_a_mistake_is_told_once(tmp_path):
     said = [line for line in lines if not line.startswith("codes ")]
     again = [f"3 processes, started {before} times before" for before in (1, 1, 1, 2, 2, 2)]
     assert said[:-1] == again and said[-1].startswith("error: ") and "NUM_GPUS" in said[-1], (said, ended.stderr)
+
+
+SILENT = """
+import os, signal, sys, threading, time
+import torch.distributed as dist
+from core.processes import meeting
+
+reading, writing = os.pipe()
+child = os.fork()
+if child == 0:  # the machine with the store
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    os.write(writing, b"%d\\n" % store.port)
+    time.sleep(100)
+    os._exit(0)
+meeting._store = dist.TCPStore("localhost", int(os.read(reading, 20)))
+meeting.ANSWER_TIMEOUT = 5.0
+try:
+    assert meeting._mistake() is None
+    assert meeting._mistake("mine") == "mine" and meeting._mistake() == "mine"
+    os.kill(child, signal.SIGSTOP)  # as silent as one whose cable is out
+    began = time.monotonic()
+    assert meeting._mistake() is None and meeting._mistake("other") is None
+    assert time.monotonic() - began < 30
+    print("done", flush=True)
+finally:
+    os.kill(child, signal.SIGKILL)
+"""
+
+
+def test_a_store_that_is_cut_off_does_not_keep_a_process_alive():
+    command = [sys.executable, "-c", SILENT]
+    ended = subprocess.run(command, cwd=ROOT, env=child_environment(), capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
