@@ -38,6 +38,15 @@ SMALL_TRAINING = {
     "LOG_DEST": "stdout",
 }
 
+# The beginning of a script whose processes of one run are forked: they have at once what it has imported.
+FORKING = """
+import multiprocessing
+from core.processes import launch
+launch.mp = multiprocessing.get_context("fork")
+launch.mp.get_context = lambda kind: launch.mp
+"""
+FORKING_DDP = "import torch._dynamo" + FORKING  # which DistributedDataParallel would load in every process
+
 
 def overrides(*groups: dict) -> list[str]:
     """KEY VALUE ... of all groups, later ones winning."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.small_run import (
+    FORKING_DDP,
     ROOT,
     SMALL_MODEL,
     SMALL_TRAINING,
@@ -19,10 +20,9 @@ from tests.small_run import (
 )
 
 FORKED = """
-import json, multiprocessing, os, shutil, signal, sys, time
+import json, os, shutil, signal, sys, time
 from pathlib import Path
 from core import evaluation, precise_bn, trainer
-from core.processes import launch
 from core.checkpoints.checkpoint import checkpoint_path
 from core.config import load_cfg
 from core.processes.distributed import rank
@@ -32,8 +32,6 @@ from evaler import during_training
 
 torch = launch.torch
 torch.set_num_threads(1)
-launch.mp = multiprocessing.get_context("fork")  # its processes have what this one has imported
-launch.mp.get_context = lambda kind: launch.mp
 launch.GRACE = 2.0
 
 def stop_before(owner, name, count):
@@ -158,7 +156,7 @@ SETTINGS = {
 
 def forked(folder: Path, kind: str, what: str, *settings: str) -> dict:
     """What the script FORKED finds."""
-    command = [sys.executable, str(script(folder, FORKED)), kind, str(folder), what, *settings]
+    command = [sys.executable, str(script(folder, FORKING_DDP + FORKED)), kind, str(folder), what, *settings]
     environment = child_environment() | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr

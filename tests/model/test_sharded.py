@@ -1,9 +1,11 @@
 """A class matrix split over real processes against the replicated head, and its way through checkpoints.
 
-Run as a script, this file is one of those processes.
+Run as a script, this file starts those processes.
 """
 
 import contextlib
+import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -148,16 +150,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torch.save([start(*case) for case in CASES], folder / "before3.pt")
-    for world in SITTINGS:
-        commands = [[sys.executable, __file__, str(rank), str(world), str(folder)] for rank in range(world)]
-        children = [subprocess.Popen(command, env=environment) for command in commands]
-        try:
-            assert [child.wait(timeout=120) for child in children] == [0] * world
-        finally:
-            for child in children:
-                child.kill()
-                child.wait()
-        os.link(folder / f"after{world}.0.pt", folder / f"before{world - 1}.pt")
+    ended = subprocess.run([sys.executable, __file__, str(folder)], env=environment, timeout=300)
+    assert ended.returncode == 0
     return folder
 
 
@@ -303,5 +297,19 @@ def test_one_process_needs_no_group():
     assert Shards(CLASSES).bounds == (0, CLASSES)
 
 
+def sittings(folder: Path) -> None:
+    """All processes are forked from this one: they have what it has imported, torch's compiler (for DDP) included."""
+    importlib.import_module("torch._dynamo")
+    forking = multiprocessing.get_context("fork")
+    for world in SITTINGS:
+        children = [forking.Process(target=process, args=(rank, world, folder), daemon=True) for rank in range(world)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0] * world
+        os.link(folder / f"after{world}.0.pt", folder / f"before{world - 1}.pt")
+
+
 if __name__ == "__main__":
-    process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sittings(Path(sys.argv[1]))

@@ -16,7 +16,16 @@ from core.config import load_cfg
 from core.logging import read_stats, setup_logging
 from core.processes.faults import Faults
 from core.trainer import train
-from tests.small_run import ROOT, SMALL_MODEL, SMALL_TRAINING, child_environment, free_port, landmarks, overrides
+from tests.small_run import (
+    FORKING_DDP,
+    ROOT,
+    SMALL_MODEL,
+    SMALL_TRAINING,
+    child_environment,
+    free_port,
+    landmarks,
+    overrides,
+)
 
 # Three epochs of three iterations; everything that has a state of its own is switched on.
 SETTINGS = {
@@ -185,7 +194,7 @@ class Runner:
     def __init__(self, folder: Path, world: int, args: list[str]):
         self.log, self.world = folder / "log", world
         script = folder / "train.py"
-        script.write_text(TRAIN)
+        script.write_text(FORKING_DDP + TRAIN if world > 1 else TRAIN)
         self.command = [sys.executable, str(script), str(world), *args]
         self.environment = child_environment() | {"PYTHONPATH": str(ROOT)}
 

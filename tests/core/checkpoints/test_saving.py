@@ -17,7 +17,7 @@ from core.processes.faults import Faults
 from core.processes.interrupt import Interrupted
 from core.step import TrainStep
 from tests.core.checkpoints.test_exact_resume import differences
-from tests.small_run import SMALL_MODEL, SMALL_TRAINING, free_port, landmarks, overrides, script, start
+from tests.small_run import FORKING_DDP, SMALL_MODEL, SMALL_TRAINING, free_port, landmarks, overrides, script, start
 
 # Two epochs of two iterations; the rate falls within an epoch, so that each step is another one.
 SHORT = {"OPTIM.MAX_EPOCH": 2, "OPTIM.LR_PER_ITER": True, "TEST.SPLIT": ""}
@@ -277,7 +277,7 @@ def test_two_processes_with_a_sharded_head(data_dir, tmp_path):
     """They go on after a save, as runs that never saved; come near a head in one piece; and go on as one process."""
     more = {"PORT": free_port(), "TRAIN.CHECKPOINT_PERIOD": 2, "OPTIM.BASE_LR": 1e-3, "OPTIM.CLIP_GRAD": 0.5}
     more |= {"MODEL.HEADS.CLS_LAYER": "curricularface", "OPTIM.EMA_DECAY": 0.5, "OPTIM.HEAD_LR_MULT": 2.0}
-    process = start(script(tmp_path, SHARDED), *settings(data_dir, tmp_path, more))
+    process = start(script(tmp_path, FORKING_DDP + SHARDED), *settings(data_dir, tmp_path, more))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     never, always, resumed = (content(tmp_path / name) for name in ("never", "always", "resumed"))

@@ -14,6 +14,7 @@ from core.config import load_cfg
 from core.processes import launch
 from datasets.loader import TrainBatches
 from tests.small_run import (
+    FORKING,
     ROOT,
     SMALL_MODEL,
     SMALL_TRAINING,
@@ -29,11 +30,13 @@ from tests.small_run import (
 
 DIES_ONCE = """
 import os, signal, sys
+from core import builders
 from core.config import load_cfg
 from core.processes.launch import launch, restarts
 from core.step import TrainStep
 from core.trainer import train
 
+builders.DistributedDataParallel = lambda model, **more: model  # it would load torch's compiler four times
 real = TrainStep.__call__
 def step(self, *batch, number, rank):
     if (number, rank, restarts()) == (5, 1, 0):
@@ -47,6 +50,7 @@ EPOCHS = ("OPTIM.MAX_EPOCH", "1")
 
 TROUBLE = """
 import os, signal, sys, time
+from core import builders
 from core.config import load_cfg
 from core.processes.distributed import all_reduce_sum, barrier, rank
 from core.base.errors import entry_point
@@ -77,6 +81,7 @@ def poisoned(cfg):
         factor = float("nan") if (rank, number) == (1, 2) else 1.0
         return real(self, images * factor, labels, number=number, rank=rank)
     TrainStep.__call__ = step
+    builders.DistributedDataParallel = lambda model, **more: model  # it would load torch's compiler first
     train(cfg)
 
 def waiting(cfg):
@@ -120,7 +125,8 @@ def test_a_process_that_fails_ends_the_run_in_bounded_time(data_dir, tmp_path, t
     more = {"OUT_DIR": tmp_path / "made" / "out", "PORT": free_port(), "TEST.SPLIT": "", "LOG_DEST": "file"}
     more["DIST_TIMEOUT"] = 5 if trouble == "hanging" else 30  # it holds for finding each other, too
     began = time.monotonic()
-    process = start(script(tmp_path, TROUBLE), trouble, *settings(data_dir, **more))
+    source = TROUBLE if trouble == "train" else FORKING + TROUBLE  # one of them as in use: spawned
+    process = start(script(tmp_path, source), trouble, *settings(data_dir, **more))
     _, err = process.communicate(timeout=150)
     assert time.monotonic() - began < 60
     assert process.returncode == code
@@ -139,7 +145,7 @@ def test_a_process_that_fails_ends_the_run_in_bounded_time(data_dir, tmp_path, t
 
 def test_a_loss_that_is_not_finite_names_process_iteration_and_images(data_dir, tmp_path):
     more = {"OUT_DIR": tmp_path / "out", "PORT": free_port(), "TEST.SPLIT": "", "OPTIM.BASE_LR": 0.001}
-    process = start(script(tmp_path, TROUBLE), "poisoned", *settings(data_dir, **more))
+    process = start(script(tmp_path, FORKING + TROUBLE), "poisoned", *settings(data_dir, **more))
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1
     [line] = messages(err)
@@ -151,7 +157,8 @@ def test_a_loss_that_is_not_finite_names_process_iteration_and_images(data_dir, 
 
 def test_torchrun_starts_the_processes_again_and_they_go_on(data_dir, tmp_path, monkeypatch):
     """Also without AUTO_RESUME, which is about an OUT_DIR that another run has left."""
-    more = {"OUT_DIR": tmp_path / "out", "OPTIM.MAX_EPOCH": 3, "OPTIM.BASE_LR": 0.001, "LOG_DEST": "file"}
+    more = {"OUT_DIR": tmp_path / "out", "OPTIM.MAX_EPOCH": 2, "OPTIM.BASE_LR": 0.001, "LOG_DEST": "file"}
+    more |= {"MODEL.FUSION": "global"}
     args = settings(data_dir, **more, **{"TRAIN.AUTO_RESUME": False, "TEST.SPLIT": ""})
     path = script(tmp_path, DIES_ONCE)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", str(path)]
@@ -160,8 +167,8 @@ def test_torchrun_starts_the_processes_again_and_they_go_on(data_dir, tmp_path, 
     assert ended.returncode == 0, ended.stderr
     log = (tmp_path / "out" / "stdout.log").read_text()
     assert log.count("resuming from") == 1
-    assert f"resuming from {tmp_path}/out/checkpoints/model_epoch_0001.pyth: 1 of 3 epochs done" in log
-    assert checkpoints(tmp_path / "out")[-1].name == "model_epoch_0003.pyth"
+    assert f"resuming from {tmp_path}/out/checkpoints/model_epoch_0001.pyth: 1 of 2 epochs done" in log
+    assert checkpoints(tmp_path / "out")[-1].name == "model_epoch_0002.pyth"
 
 
 def gone(pid: int) -> bool:
@@ -175,7 +182,7 @@ def gone(pid: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_parent_alone_ends_its_processes(data_dir, tmp_path, number):
     args = settings(data_dir, OUT_DIR=tmp_path / "out", PORT=free_port())
-    process = start(script(tmp_path, TROUBLE), "waiting", *args)
+    process = start(script(tmp_path, FORKING + TROUBLE), "waiting", *args)
     children = [int(process.stdout.readline()) for _ in range(2)]
     process.send_signal(number)  # to it alone: a terminal would send it to all
     _, err = process.communicate(timeout=60)
