@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.landmark import Batch
-from datasets.loader import ImageLoader
+from datasets.loader import Batch, ImageLoader
 from datasets.transforms import MEAN_BGR, SD_BGR
 
 

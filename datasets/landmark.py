@@ -6,7 +6,7 @@ the label is what follows the last white space.
 
 import os
 import re
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -17,9 +17,6 @@ from datasets.errors import DataError
 from datasets.images.decode import ImageError, ImageFile
 from datasets.missing import missing_files
 from datasets.normalisation import note_on_path
-
-if TYPE_CHECKING:  # loader workers do without PyTorch
-    from torch import Tensor
 
 _MOST_REPLACED = 1000  # broken images in a row: then it is the disk that is broken
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -101,25 +98,24 @@ def check_files(list_file: str | os.PathLike, paths: list[str]) -> None:
         )
 
 
-class Batch(NamedTuple):
-    """What the loader yields. Exact: images are normalised and `shift` is zero; fast: both are left to the device.
+class ArrayBatch(NamedTuple):
+    """What the loader makes its `Batch` of, which has tensors instead: a worker does without PyTorch."""
 
-    The data set makes arrays, all images [B, S, S, 3]; in a worker they may be a slot of its memory.
-    """
-
-    # Exact: float32 [B, 3, S, S] in channels_last order; fast: uint8 [B, S, S, 3] BGR.
-    images: "Tensor | np.ndarray | Slot"
-    labels: "Tensor | np.ndarray"  # int64 [B]
-    indices: "Tensor | np.ndarray"  # int64 [B], lines of the list counted from 0
-    shift: "Tensor | np.ndarray"  # float32 [B, 3] BGR, the lighting of pixels in 0..1
+    images: np.ndarray | Slot  # [B, S, S, 3]; in a worker it may be a slot of its memory
+    labels: np.ndarray  # int64 [B]
+    indices: np.ndarray  # int64 [B], lines of the list counted from 0
+    shift: np.ndarray  # float32 [B, 3] BGR, the lighting of pixels in 0..1
     broken: list[str]  # a line for every image that could not be read, with `skip_broken`
 
 
 class Transform(Protocol):
     """From a file to the network's input: float32 (exact) or uint8 (fast), see `transforms`."""
 
-    size: int
-    dtype: type
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def dtype(self) -> type: ...
 
     def write(self, file: ImageFile, rng: Generator, out: np.ndarray) -> np.ndarray:
         """Fill `out` [size, size, 3] of `dtype`, return the lighting still to be added, float32 [3]."""
@@ -177,16 +173,17 @@ class LandmarkDataset:
         start, end = self._offsets[index], self._offsets[index + 1]
         return os.fsdecode(self._paths[start:end])
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Batch | ImageError:
+    def __getitem__(self, key: int | tuple[int, int]) -> ArrayBatch | ImageError:
         """A batch of one."""
         return self.__getitems__([key])
 
-    def __getitems__(self, keys: list[int | tuple[int, int]]) -> Batch | ImageError:
+    def __getitems__(self, keys: list[int | tuple[int, int]]) -> ArrayBatch | ImageError:
         """The batch of these keys."""
         shape, dtype = (len(keys), self._transform.size, self._transform.size, 3), self._transform.dtype
         slot = self.worker.take(shape, dtype) if self.worker else None
         pixels = slot.array() if slot else np.empty(shape, dtype)
-        indices, shifts, broken = [], [], []
+        indices, shifts = [], []
+        broken: list[str] = []
         for out, key in zip(pixels, keys, strict=True):
             epoch, index = key if isinstance(key, tuple) else (0, key)
             sample = self._write(epoch, index, out, broken)
@@ -196,7 +193,7 @@ class LandmarkDataset:
                 return sample
             indices.append(sample[0])
             shifts.append(sample[1])
-        return Batch(slot or pixels, self.labels[indices], np.array(indices), np.stack(shifts), broken)
+        return ArrayBatch(slot or pixels, self.labels[indices], np.array(indices), np.stack(shifts), broken)
 
     def _write(self, epoch: int, index: int, out: np.ndarray, broken: list[str]) -> tuple[int, np.ndarray] | ImageError:
         """Fill `out` with sample `index` or what stands in for it; return the index that it is, and its lighting."""

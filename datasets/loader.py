@@ -4,18 +4,23 @@ The order of an epoch is a function of (seed, epoch). Global batch b is entries 
 every rank takes a contiguous share of it: a run sees the same global batches on any number of devices.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.random import PCG64, Generator, SeedSequence
+from torch import Tensor
 
 from datasets.errors import DataError
 from datasets.images.decode import ImageError
-from datasets.landmark import Batch, LandmarkDataset
+from datasets.landmark import ArrayBatch, LandmarkDataset
+from datasets.worker import Loadable
 from datasets.workers import Workers
 
+D = TypeVar("D", bound=Loadable)
+B = TypeVar("B", bound=Iterable[list])
 TIMEOUT = 60.0  # seconds that an image may take a worker
 SAMPLINGS = ("uniform", "class_balanced")
 
@@ -72,7 +77,7 @@ class TrainBatches:
         """
         assert 0 <= rank < world, (rank, world)
         assert sampling in SAMPLINGS, sampling
-        assert sampling == "uniform" or len(labels) == n, (n, labels)
+        assert sampling == "uniform" or (labels is not None and len(labels) == n), (n, labels)
         if not 1 <= batch_size <= n:
             raise DataError(f"TRAIN.BATCH_SIZE {batch_size}: must be from 1 to the number of training images, {n}")
         if batch_size % world:
@@ -131,25 +136,34 @@ class TestBatches:
             yield list(self._indices[first : first + self.share])
 
 
-class ImageLoader:
+class Batch(NamedTuple):
+    """What the loader yields. Exact: images are normalised and `shift` is zero; fast: both are left to the device."""
+
+    images: Tensor  # exact: float32 [B, 3, S, S] in channels_last order; fast: uint8 [B, S, S, 3] BGR
+    labels: Tensor  # int64 [B]
+    indices: Tensor  # int64 [B], lines of the list counted from 0
+    shift: Tensor  # float32 [B, 3] BGR, the lighting of pixels in 0..1
+    broken: list[str]  # a line for every image that could not be read, with `skip_broken`
+
+
+class ImageLoader(Generic[D, B]):
     """Yields a `Batch` of tensors, or whatever items another data set makes, for every list of keys in `batches`.
 
     An image that cannot be read is raised here, in the main process, as the plain ImageError. An iteration may be
     abandoned anywhere: the next one begins where `set_epoch` says, also with workers.
     """
 
-    def __init__(
-        self, dataset: object, batches: Iterable[list], *, workers: int, slot: int, pin_memory: bool, timeout: float
-    ) -> None:
+    def __init__(self, dataset: D, batches: B, *, workers: int, slot: int, pin_memory: bool, timeout: float) -> None:
         self.dataset, self.batch_sampler, self.num_workers, self.pin_memory = dataset, batches, workers, pin_memory
         self._slot, self._timeout = slot, timeout
         self._workers: Workers | None = None
 
     def __len__(self) -> int:
+        assert isinstance(self.batch_sampler, Sized), "batches that nobody has counted"
         return len(self.batch_sampler)
 
-    def __iter__(self) -> Iterator[Batch]:
-        items = map(_tensors, self._items())
+    def __iter__(self) -> Iterator[Any]:
+        items: Iterator[object] = map(_tensors, self._items())
         if self.pin_memory:
             items = self._pinned(items)
         try:
@@ -194,21 +208,26 @@ class ImageLoader:
 
 
 def make_loader(
-    dataset: object, batches: Iterable[list], *, workers: int, pin_memory: bool = False, timeout: float = TIMEOUT
-) -> ImageLoader:
+    dataset: D, batches: B, *, workers: int, pin_memory: bool = False, timeout: float = TIMEOUT
+) -> ImageLoader[D, B]:
     """A loader over `batches`; `workers` processes live as long as it does, 0 loads in this process.
 
     `timeout`: seconds that an image may take a worker, 0: any time.
     """
-    slot = dataset.image_bytes * batches.share if isinstance(dataset, LandmarkDataset) else 0
+    slot = 0
+    if isinstance(dataset, LandmarkDataset):
+        assert isinstance(batches, TrainBatches | TestBatches), "batches of unknown size"
+        slot = dataset.image_bytes * batches.share
     return ImageLoader(dataset, batches, workers=workers, slot=slot, pin_memory=pin_memory, timeout=timeout)
 
 
 def _tensors(item: object) -> object:
-    if not isinstance(item, Batch):
+    if not isinstance(item, ArrayBatch):
         return item
-    images, *others = map(torch.from_numpy, item[:4])
-    return Batch(images.permute(0, 3, 1, 2) if images.is_floating_point() else images, *others, item.broken)
+    assert isinstance(item.images, np.ndarray), "a slot outside the workers"
+    images, labels, indices, shift = map(torch.from_numpy, (item.images, item.labels, item.indices, item.shift))
+    images = images.permute(0, 3, 1, 2) if images.is_floating_point() else images
+    return Batch(images, labels, indices, shift, item.broken)
 
 
 def _init_pinning(device: int) -> None:

@@ -10,6 +10,7 @@ import os
 import pickle
 import socket
 import struct
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def send(channel: socket.socket, message: object) -> None:
             os.close(file)
 
 
-def receive(channel: socket.socket, memory: BatchMemory | None = None) -> object:
+def receive(channel: socket.socket, memory: BatchMemory | None = None) -> Any:
     """The next message; slots are those of `memory`. Raises `Gone`, and `OSError` where too many files are open."""
     try:
         head, files, flags, _ = socket.recv_fds(channel, _HEAD.size, _MOST_FILES + 1, _CLOSE_ON_EXEC)
@@ -53,7 +54,7 @@ def receive(channel: socket.socket, memory: BatchMemory | None = None) -> object
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             head += _exactly(channel, _HEAD.size - len(head))
             size, in_file = _HEAD.unpack(head)
-            data = _read(files[-1], np.empty(size, np.uint8)) if in_file else _exactly(channel, size)
+            data = _read(files[-1], np.empty(size, np.uint8).data) if in_file else _exactly(channel, size)
             return _Unpickler(data, files, memory).load()
         finally:
             for file in files:
@@ -78,7 +79,7 @@ def _packed(message: object, files: list[int]) -> bytes:
     return buffer.getvalue()
 
 
-def _filed(data: np.ndarray | bytes) -> int:
+def _filed(data: memoryview | bytes) -> int:
     """A file of anonymous memory that holds these bytes."""
     file, rest = anonymous_file(), memoryview(data)
     try:
@@ -90,10 +91,10 @@ def _filed(data: np.ndarray | bytes) -> int:
     return file
 
 
-def _read(file: int, out: np.ndarray) -> np.ndarray:
-    """Fill `out`, uint8 [bytes], from the start of a file."""
+def _read(file: int, out: memoryview) -> memoryview:
+    """Fill `out`, single bytes, from the start of a file."""
     os.lseek(file, 0, os.SEEK_SET)
-    rest = memoryview(out)
+    rest = out
     while rest:
         rest = rest[os.readv(file, [rest]) :]
     return out
@@ -112,21 +113,22 @@ class _Pickler(pickle.Pickler):
         if isinstance(part, np.ndarray) and part.nbytes >= LARGE and not part.dtype.hasobject:
             if len(self._files) == _MOST_FILES:
                 raise DataError(f"a message with more than {_MOST_FILES} large arrays")
-            self._files.append(_filed(np.ascontiguousarray(part).reshape(-1).view(np.uint8)))
+            self._files.append(_filed(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data))
             return "file", (len(self._files) - 1, part.shape, part.dtype.str)
         return None
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes | np.ndarray, files: list[int], memory: BatchMemory | None) -> None:
+    def __init__(self, data: bytes | memoryview, files: list[int], memory: BatchMemory | None) -> None:
         super().__init__(io.BytesIO(data))
         self._files, self._memory = files, memory
 
     def persistent_load(self, identity: tuple) -> np.ndarray:
         kind, place = identity
         if kind == "slot":
+            assert self._memory is not None, "only the main process is sent slots"
             return self._memory.arrived(*place)
         number, shape, dtype = place
         array = np.empty(shape, dtype)
-        _read(self._files[number], array.reshape(-1).view(np.uint8))
+        _read(self._files[number], array.reshape(-1).view(np.uint8).data)
         return array

@@ -141,7 +141,7 @@ class FastTrainTransform:
             rng.bit_generator.state = start  # OpenCV finds another size than the header tells: it decides
         image = file.decode()
         draw = draw_train(rng, *image.shape[:2])
-        cut_fast(out, image, draw, box=_box(draw, *image.shape[:2], self.size))
+        cut_fast(out, image, draw, box=_box(draw, image.shape[0], image.shape[1], self.size))
         return lighting_shift(draw.alpha).astype(np.float32)
 
 
@@ -247,7 +247,7 @@ def _cut_test(image: np.ndarray, resize: int, size: int) -> np.ndarray:
 
 def _scaled_centre(image: np.ndarray, shorter: int, size: int) -> np.ndarray:
     """float32 [size, size, 3]: the centre of the image with its shorter side at `shorter`."""
-    height, width = _scaled_shorter(*image.shape[:2], shorter)
+    height, width = _scaled_shorter(image.shape[0], image.shape[1], shorter)
     part = math.ceil((height - size) / 2), math.ceil((width - size) / 2), size, size
     return _resized(image, height, width, part)
 

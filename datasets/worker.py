@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import traceback
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import cv2
 
@@ -23,6 +23,18 @@ from datasets.messages import Gone, receive, send
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+class Loadable(Protocol):
+    """A data set as workers load it: batches by lists of keys."""
+
+    worker: WorkerMemory | None  # that of the worker which it is in
+
+    def __getitems__(self, keys: list) -> object:
+        """The batch of these keys."""
+
+    def source(self, index: int) -> str:
+        """What messages call an image."""
 
 
 class Start(NamedTuple):
@@ -93,7 +105,7 @@ def _fork_all(control: socket.socket, start: int) -> list[int]:
     return pids
 
 
-def _work(channel: socket.socket, dataset: object, memory: BatchMemory, number: int) -> None:
+def _work(channel: socket.socket, dataset: Loadable, memory: BatchMemory, number: int) -> None:
     """Answer every `(task, keys)` by `(task, batch)`, until the main process is gone."""
     if sys.platform == "linux":  # nobody else would end a worker that hangs and whose main process was killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -111,7 +123,7 @@ def _work(channel: socket.socket, dataset: object, memory: BatchMemory, number: 
         send(channel, (None, _failure(error)))
 
 
-def _batch(dataset: object, keys: list) -> object:
+def _batch(dataset: Loadable, keys: list) -> object:
     try:
         return dataset.__getitems__(keys)
     except BaseException as error:  # SystemExit, say, would end the worker without a word

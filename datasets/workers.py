@@ -20,7 +20,7 @@ from pathlib import Path
 
 from datasets.batch_memory import BatchMemory, above_standard, anonymous_file
 from datasets.messages import Gone, receive, send
-from datasets.worker import Failure, Start
+from datasets.worker import Failure, Loadable, Start
 
 ROOT = Path(__file__).resolve().parents[1]
 AHEAD = 2  # tasks that a worker is given before the first of them is asked for
@@ -48,11 +48,11 @@ class Workers:
     """`count` processes that make batches of `dataset` by its `__getitems__`.
 
     The data set is pickled once. In a worker its attribute `worker` is the `WorkerMemory`, which has slots of `slot`
-    bytes and takes note of each image that is begun; `dataset.source(index)` is what messages call the image. One that
-    takes a worker more than `limit` seconds (0: any time) ends the run.
+    bytes and takes note of each image that is begun. An image that takes a worker more than `limit` seconds (0: any
+    time) ends the run.
     """
 
-    def __init__(self, dataset: object, *, count: int, slot: int, limit: float) -> None:
+    def __init__(self, dataset: Loadable, *, count: int, slot: int, limit: float) -> None:
         self._dataset, self._count, self._limit = dataset, count, limit
         self._turn = 0  # of the iterations
         self._interrupted = False
@@ -77,13 +77,14 @@ class Workers:
         It may be left anywhere for another; workers first finish the few batches that they have begun.
         """
         self._turn += 1
-        turn, tasks, made, number = self._turn, enumerate(batches), {}, 0
+        made: dict[int, object] = {}
+        turn, tasks, number = self._turn, enumerate(batches), 0
         handed = self._hand_out(tasks, AHEAD * self._count)
         while number < handed:
             while number not in made:
-                (of_turn, arrived), batch = self._next()
+                (of_turn, arrived), of_task = self._next()
                 if of_turn == turn:
-                    made[arrived] = batch
+                    made[arrived] = of_task
             batch = made.pop(number)
             handed += self._hand_out(tasks, 1)  # to the worker of this batch
             yield batch
@@ -189,7 +190,7 @@ def _how(code: int | None) -> str:
 
 
 def _start(
-    dataset: object, memory: BatchMemory, count: int
+    dataset: Loadable, memory: BatchMemory, count: int
 ) -> tuple[list[socket.socket], socket.socket, subprocess.Popen]:
     """Start the processes; returns the sockets of the workers, that of their parent, and the parent."""
     with contextlib.ExitStack() as stack:

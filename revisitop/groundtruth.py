@@ -120,10 +120,11 @@ def _parse_names(value: Any, key: str) -> tuple[str, ...]:
         parts = PurePosixPath(name).parts
         if not parts or not name.isprintable() or parts[0] == "/" or ".." in parts:
             raise GroundTruthError(f"{key}[{index}] {name[:80]!a} cannot be the name of an image")
-    if len(set(names)) != len(names):
-        seen: set[str] = set()
-        index = next(i for i, name in enumerate(names) if name in seen or seen.add(name))
-        raise GroundTruthError(f"{key}[{index}] {names[index]} is there twice")
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if name in seen:
+            raise GroundTruthError(f"{key}[{index}] {name} is there twice")
+        seen.add(name)
     return tuple(names)
 
 
@@ -155,7 +156,8 @@ def _parse_box(value: Any) -> tuple[float, float, float, float]:
     x1, y1, x2, y2 = map(int, box)  # pictures are cropped at truncated coordinates
     if x1 < 0 or y1 < 0 or x2 <= x1 or y2 <= y1:
         raise GroundTruthError(f"bbx {x1, y1, x2, y2} holds no pixel or begins outside the picture")
-    return tuple(map(float, box))
+    left, top, right, bottom = map(float, box)
+    return left, top, right, bottom
 
 
 def _as_list(value: Any, key: str) -> Sequence:

@@ -115,7 +115,8 @@ def _bracket(found: Sequence[Standing], good: Sequence[np.ndarray], bad: Sequenc
         negatives = above - higher
         tied = [equal[place] for place in above.tolist()] - (np.searchsorted(labelled, above, side="right") - higher)
         before = np.arange(len(above))
-        aps.append(tuple(average_precision(ranks + before, total) for ranks in (negatives + tied, negatives)))
+        least, most = (average_precision(ranks + before, total) for ranks in (negatives + tied, negatives))
+        aps.append((least, most))
     return np.mean(aps, axis=0).tolist() if aps else [np.nan, np.nan]
 
 

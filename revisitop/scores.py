@@ -28,12 +28,13 @@ T = TypeVar("T")
 class Rows(Protocol):
     """Descriptors [N, D] that are read in slices: an array, a memory-mapped one, or what makes them as it goes.
 
-    Several threads read at once.
+    Several threads read at once. What refines descriptors also reads by indices.
     """
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
-    def __getitem__(self, rows: slice) -> np.ndarray: ...
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray: ...
 
 
 def exact_scores(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -52,17 +53,17 @@ def near_scores(
     """
     kind = np.float32 if max(_bytes(rows), _bytes(queries)) <= 4 else np.float64
     asked, (count, dim) = queries.astype(kind), rows.shape
-    scores, largest = np.empty((len(queries), count), kind), []
+    scores, squares = np.empty((len(queries), count), kind), []
     size = max(1, NUMBERS_AT_ONCE // max(1, dim))
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for first in range(0, count, size):
             block = np.ascontiguousarray(rows[first : first + size], dtype=kind)
             if rough:
-                largest.append(np.dot(block.ravel(), block.ravel()))
+                squares.append(np.dot(block.ravel(), block.ravel()))
             else:
-                largest.append(np.einsum("nd,nd->n", block, block).max())
+                squares.append(np.einsum("nd,nd->n", block, block).max())
             np.matmul(asked, block.T, out=scores[:, first : first + size])
-    largest = float(np.max(largest))  # also of NaN
+    largest = float(np.max(squares))  # also of NaN
     limits = np.finfo(kind)
     bound, bound_of_sum = (n * float(limits.eps) / 2 for n in (dim, dim * size if rough else dim))
     bound, bound_of_sum = bound / max(1e-3, 1 - bound), bound_of_sum / max(1e-3, 1 - bound_of_sum)

@@ -43,7 +43,7 @@ def standings(
 
     def gather(slices: Iterator[slice]) -> dict[int, np.ndarray]:
         # In the same chunks as later: what makes descriptors as it goes may round a row alone in another way.
-        found = {}
+        found: dict[int, np.ndarray] = {}
         for rows in slices:
             inside = all_wanted[slice(*np.searchsorted(all_wanted, (rows.start, rows.stop)))]
             if len(inside):

@@ -128,10 +128,11 @@ class ImageFile:
     @property
     def reductions(self) -> list[int]:
         """By how much `decode` can reduce: 1, and some of 2, 4 and 8 if the size is told."""
-        if self.size is None:
+        frame, size = self._frame, self.size
+        if frame is None or size is None:
             return [1]
         # Blocks are counted from a corner of the stored image; turned round, the corner must lie on a block's edge.
-        return [f for f in _FLAGS if self._frame.orientation == 1 or all(side % f == 0 for side in self.size)]
+        return [f for f in _FLAGS if frame.orientation == 1 or all(side % f == 0 for side in size)]
 
     def decode(self, reduction: int = 1) -> np.ndarray:
         """uint8 [H, W, 3] BGR; with a reduction f of `reductions` [ceil(H / f), ceil(W / f), 3].

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from datasets.images.header import ImageError, Size
 
 # A marker that is neither a stuffed zero (FF 00), a fill byte (FF FF) nor a restart (FF D0 .. FF D7).
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_BYTE_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}  # of EXIF
 _TEM, _SOI, _EOI, _SOS, _APP1 = 0x01, 0xD8, 0xD9, 0xDA, 0xE1
 _SEQUENTIAL_FRAMES, _PROGRESSIVE_FRAME = (0xC0, 0xC1), 0xC2
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -68,6 +69,7 @@ def read_jpeg(data: bytes) -> Frame:
             if scans == 0:
                 raise ImageError("damaged JPEG (no image in it)")
             break
+    assert frame is not None  # there is no scan without one
     return frame
 
 
@@ -100,7 +102,7 @@ def _frame(data: bytes, marker: int, start: int) -> Frame:
 
 def _exif_orientation(tiff: bytes) -> int | None:
     """The orientation in the first directory, 1 if it has none, None if this is not understood."""
-    order = {b"II*\0": "little", b"MM\0*": "big"}.get(tiff[:4])
+    order = _BYTE_ORDERS.get(tiff[:4])
     if order is None:
         return None
 

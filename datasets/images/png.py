@@ -34,7 +34,9 @@ def cleaned(data: bytes) -> bytes:
     """The PNG with nothing but what makes its pixels. Raises ImageError if it is cut off or damaged."""
     header, depth, colour = read_png(data), data[24], data[25]
     position, kinds, has_exif = len(_SIGNATURE), [], False
-    parts, kept, view, before = [], [_SIGNATURE], memoryview(data), b""
+    parts: list[memoryview] = []
+    kept: list[bytes | memoryview] = [_SIGNATURE]
+    view, before = memoryview(data), b""
     for _ in range(_MOST_CHUNKS):
         length, name = int.from_bytes(view[position : position + 4], "big"), bytes(view[position + 4 : position + 8])
         start, end = position + 8, position + 12 + length
@@ -89,6 +91,7 @@ def _check_pixels(parts: list[memoryview], passes: list[tuple[int, int]]) -> Non
     expected, found = sum(rows * stride for rows, stride in passes), 0
     check_decompressed(expected)
     inflate = zlib.decompressobj()
+    waiting: memoryview | bytes
     try:
         for part in parts:
             for start in range(0, len(part), _BLOCK):
@@ -103,7 +106,7 @@ def _check_pixels(parts: list[memoryview], passes: list[tuple[int, int]]) -> Non
                     if found > expected:
                         raise ImageError("damaged PNG (more pixels than its header says)")
                     waiting = inflate.unconsumed_tail
-                    more = waiting or len(block) == 4 * _BLOCK
+                    more = bool(waiting) or len(block) == 4 * _BLOCK
     except zlib.error as error:
         raise ImageError(f"damaged PNG (its compressed data: {error})") from error
     if not inflate.eof or found < expected:

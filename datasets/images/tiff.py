@@ -8,6 +8,7 @@ others (LZW, JPEG, PackBits, fax) damage is not detected.
 
 import zlib
 from collections.abc import Sequence
+from typing import Literal
 
 from datasets.images.header import ImageError, Size, check_decompressed
 
@@ -101,13 +102,14 @@ class Tiff:
 def _inflates_to(deflated: memoryview, expected: int) -> bool:
     """Whether there are at least so many bytes in it."""
     inflate, found = zlib.decompressobj(), 0
+    waiting: memoryview | bytes
     try:
         for start in range(0, len(deflated), _BLOCK):
             waiting, more = deflated[start : start + _BLOCK], True
             while more and found < expected and not inflate.eof:
                 block = inflate.decompress(waiting, _BLOCK)
                 found, waiting = found + len(block), inflate.unconsumed_tail
-                more = waiting or len(block) == _BLOCK
+                more = bool(waiting) or len(block) == _BLOCK
     except zlib.error:
         return False
     return found >= expected
@@ -115,12 +117,13 @@ def _inflates_to(deflated: memoryview, expected: int) -> bool:
 
 def _first_directory(data: bytes) -> dict[int, Sequence[int]]:
     """Values of those of `_TAGS` that are there."""
-    order = "little" if data[:1] == b"I" else "big"
+    order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
 
     def number(at: int, length: int) -> int:
         return int.from_bytes(data[at : at + length], order)
 
-    directory, tags = number(4, 4), {}
+    tags: dict[int, Sequence[int]] = {}
+    directory = number(4, 4)
     end = directory + 2 + 12 * number(directory, 2)
     if directory < 8 or end > len(data):
         raise ImageError("truncated TIFF (no directory)")

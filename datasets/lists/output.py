@@ -73,7 +73,8 @@ def write_files(out: str | os.PathLike, files: dict[str, bytes | None], *, force
         )
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        temporary = {name: _temporary(folder / name, files[name], stack) for name in changed if files[name] is not None}
+        contents = {name: content for name in changed if (content := files[name]) is not None}
+        temporary = {name: _temporary(folder / name, content, stack) for name, content in contents.items()}
         for name in changed:
             if name in temporary:
                 os.replace(temporary[name], folder / name)

@@ -5,7 +5,7 @@ import contextlib
 import csv
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -82,7 +82,7 @@ def read_csv(file: str | os.PathLike) -> Listing:
     return _listing(str(file), paths, labels, np.array(lines, np.int64), is_gldv2=read_row is not _own_row)
 
 
-def csv_rows(file: str | os.PathLike) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(file: str | os.PathLike) -> Generator[tuple[int, list[str]], None, None]:
     """Every row that is not blank, with the number of its first line."""
     limit = csv.field_size_limit(1 << 30)  # the usual 128 KiB are 7,710 images of one landmark
     try:
@@ -210,13 +210,14 @@ def _listing(source: str, paths: list[str], labels: list[str], lines: np.ndarray
 
 def _refuse_twins(listing: Listing) -> None:
     """One image in training and validation, or in two classes, spoils both."""
-    paths = listing.paths
+    paths, lines = listing.paths, listing.lines
     twins = [i for i, (before, path) in enumerate(pairwise(paths), start=1) if path == before]
     if twins:
-        first, second = sorted((twins[0] - 1, twins[0]), key=lambda i: listing.lines[i])
+        assert lines is not None, "no folder holds two files of one name"
+        first, second = sorted((twins[0] - 1, twins[0]), key=lines.__getitem__)
         classes = [listing.class_names[listing.classes[i]] for i in (first, second)]
         both = f"for {classes[0]!r} and {classes[1]!r}" if classes[0] != classes[1] else f"twice for {classes[0]!r}"
         raise SourceError(
-            f"{listing.where(second)}: {paths[first]} is listed {both}, first in line {listing.lines[first]} "
+            f"{listing.where(second)}: {paths[first]} is listed {both}, first in line {lines[first]} "
             f"({len(twins)} images in all); remove one"
         )

@@ -20,7 +20,8 @@ MASONRY = ("plain", "brick", "blocks", "stripes", "timber", "panels")
 
 def tone(colour: Colour, factor: float) -> Colour:
     """The colour made lighter (factor above 1) or darker."""
-    return tuple(float(min(255.0, max(0.0, c * factor))) for c in colour)  # type: ignore[return-value]
+    blue, green, red = (float(min(255.0, max(0.0, c * factor))) for c in colour)
+    return blue, green, red
 
 
 class Painter:
@@ -58,7 +59,7 @@ class Painter:
         height, width = self.alpha.shape
         coarse = rng.normal(0, 1, (max(2, height // 24), max(2, width // 24))).astype(np.float32)
         field = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-        field += 0.6 * rng.standard_normal((height, width), np.float32)
+        field = field + 0.6 * rng.standard_normal((height, width), np.float32)
         self.image = np.clip(self.image * (1 + strength * field)[..., None], 0, 255).astype(np.uint8)
 
 

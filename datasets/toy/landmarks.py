@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.errors import DataError
+from datasets.images.decode import decode
 from datasets.toy.buildings import Card, build
 from datasets.toy.camera import Photo, take
 from datasets.toy.groundtruth import ground_truth
@@ -247,7 +248,7 @@ def contact_sheet(root: Path, path: Path, *, rows: int = 12, columns: int = 10) 
     for row, wanted in enumerate(chosen):
         names = [n for n, r in images.items() if (r["role"], r["landmark"]) == wanted][:columns]
         for column, name in enumerate(names):
-            image = cv2.imread(str(folder / name))
+            image = decode(folder / name)
             sheet[row * 172 : row * 172 + image.shape[0], column * 172 : column * 172 + image.shape[1]] = image
     done, data = cv2.imencode(".png", sheet)
     assert done, path

@@ -81,13 +81,15 @@ def _pick(rng: np.random.Generator, options: tuple[T, ...]) -> T:
 
 
 def _jitter(rng: np.random.Generator, colour: Colour, spread: float) -> Colour:
-    return tone(tuple(c + rng.normal(0, spread) for c in colour), rng.uniform(0.85, 1.12))
+    blue, green, red = (c + rng.normal(0, spread) for c in colour)
+    return tone((blue, green, red), rng.uniform(0.85, 1.12))
 
 
 def _paint(rng: np.random.Generator, light: float, dark: float, *, most: float = 0.62) -> Colour:
     """Any hue, from nearly grey up to `most` vivid."""
     hue, vivid, value = rng.uniform(0, 6), rng.uniform(0.06, most), rng.uniform(dark, light)
-    return tuple(value * (1 - vivid * float(np.clip(abs((hue + k) % 6 - 3) - 1, 0, 1))) for k in (0, 2, 4))
+    blue, green, red = (value * (1 - vivid * float(np.clip(abs((hue + k) % 6 - 3) - 1, 0, 1))) for k in (0, 2, 4))
+    return blue, green, red
 
 
 def _towers(rng: np.random.Generator, width: float, height: float) -> tuple[Tower, ...]:

@@ -15,7 +15,7 @@ SKIES = ((230, 200, 165), (220, 214, 206), (200, 200, 205), (232, 216, 196), (19
 GROUNDS = ((96, 128, 112), (150, 156, 160), (112, 114, 118), (150, 168, 176), (130, 142, 154), (84, 104, 92))
 
 
-def _fixed(points: Sequence) -> np.ndarray:
+def _fixed(points: Sequence | np.ndarray) -> np.ndarray:
     return np.rint(np.asarray(points, np.float64) * (1 << SHIFT)).astype(np.int32)
 
 
@@ -57,9 +57,9 @@ def backdrop(rng: np.random.Generator, shape: tuple[int, int], horizon: np.ndarr
     ground = np.zeros(shape, np.uint8)
     far = max(height, level) + 4 * height
     cv2.fillPoly(ground, [_fixed([(0, left), (width, right), (width, far), (0, far)])], 1, cv2.LINE_8, SHIFT)
-    tint = np.asarray(_colour(rng, GROUNDS, 12), np.float32)
+    soil = np.asarray(_colour(rng, GROUNDS, 12), np.float32)
     rough = 1 + rng.uniform(0.03, 0.12) * noise(rng, shape, (height // 5, width // 14))
-    surface = np.clip(tint * rough[..., None], 0, 255).astype(np.uint8)
+    surface = np.clip(soil * rough[..., None], 0, 255).astype(np.uint8)
     if rng.random() < 0.5:  # a path or the lines of a street
         end = (rng.uniform(0.2, 0.8) * width, level)
         foot = rng.uniform(-0.2, 1.0) * width
@@ -76,7 +76,7 @@ class Foreground:
         self.picture, self.seen = picture, seen
         self.height, self.width = seen.shape
 
-    def _polygon(self, points: Sequence, colour: Sequence[float]) -> None:
+    def _polygon(self, points: Sequence | np.ndarray, colour: Sequence[float]) -> None:
         pixels = [_fixed(points)]
         cv2.fillPoly(self.picture, pixels, colour, cv2.LINE_AA, SHIFT)
         cv2.fillPoly(self.seen, pixels, 0, cv2.LINE_8, SHIFT)

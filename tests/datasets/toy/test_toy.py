@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from datasets.images.decode import ImageError
 from datasets.toy import groundtruth as toy_groundtruth
 from datasets.toy import landmarks as toy
 from datasets.toy.plans import draw_plan
@@ -234,6 +235,13 @@ def test_an_unfinished_set_is_made_anew(folder, copy, fault):
     stale.write_bytes(bytes(stale.stat().st_size))
     make(copy.parent)
     assert contents(copy) == contents(folder)
+
+
+def test_a_contact_sheet_names_an_image_that_is_lost(copy, tmp_path):
+    name = next(iter(images(copy)))
+    (copy / name).unlink()
+    with pytest.raises(ImageError, match=name):
+        toy.contact_sheet(tmp_path, tmp_path / "sheet.png")
 
 
 def test_files_of_somebody_else_are_not_touched(tmp_path):
