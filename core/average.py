@@ -1,12 +1,15 @@
 """A moving average of the weights, which generalises better than the last of them."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class MovingAverage:
+
+class MovingAverage(Generic[Network]):
     """The exponential moving average of a network's parameters and of its buffers, in `network`.
 
     After update n the average a becomes d a + (1 - d) w with d = min(decay, (1 + n) / (10 + n)): it forgets the
@@ -14,7 +17,7 @@ class MovingAverage:
     ExponentialMovingAverage with `num_updates`). Buffers that are not floating point are copied.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: Network, decay: float):
         self.decay = decay
         self.model = model
         self.network = copy.deepcopy(model).eval()
@@ -32,7 +35,8 @@ class MovingAverage:
                 average.copy_(value)
 
     def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        return tuple(
+        averages, values = (
             [value for value in (*network.parameters(), *network.buffers()) if value.is_floating_point()]
             for network in (self.network, self.model)
         )
+        return averages, values

@@ -5,6 +5,7 @@ Nothing here ends a run: what cannot be written is told of once and left out.
 
 import contextlib
 import errno
+import io
 import logging
 import math
 import os
@@ -74,7 +75,8 @@ class _InFile(logging.Handler):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.path, self.file, self.torn, self.told = path, None, False, False
+        self.path, self.torn, self.told = path, False, False
+        self.file: io.FileIO | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         line = f"{self.format(record)}\n".encode(errors="backslashreplace")

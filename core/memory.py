@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode
 
@@ -71,7 +70,7 @@ class _Peak(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def estimate(cfg: CfgNode, model: nn.Module) -> Estimate:
+def estimate(cfg: CfgNode, model: builders.Classifier) -> Estimate:
     """For this process of the run, whose network is `model`."""
     trained = [p for p in model.parameters() if p.requires_grad]
     share = -(-cfg.TRAIN.BATCH_SIZE // world_size() // cfg.TRAIN.ACCUM_STEPS)
@@ -115,7 +114,7 @@ def _network_peak(cfg: CfgNode, batch: int, *, train: bool) -> int:
         return peak.most + 2 * images.nbytes  # this batch and the next
 
 
-def memory_warning(cfg: CfgNode, model: nn.Module, device: torch.device) -> list[str]:
+def memory_warning(cfg: CfgNode, model: builders.Classifier, device: torch.device) -> list[str]:
     """A line if a run of `model` would take more memory than the machine has; it is for the user to decide.
 
     With `MARGIN` the estimate lay 5 to 37 % above what four short runs took on a CPU. Loader workers are not counted,

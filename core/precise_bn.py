@@ -2,19 +2,29 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from core.optimizer import BATCH_NORM
 from core.processes.distributed import all_reduce_sum
 
 
+class Batches(Protocol):
+    """Of images on the model's device."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 @torch.no_grad()
 def update_precise_bn(
     model: nn.Module,
-    loader: Sized,
+    loader: Batches,
     *,
     batches: int,
     forward: Callable[[Tensor], object] | None = None,
@@ -31,7 +41,8 @@ def update_precise_bn(
     in training mode changes (the head's), are left as they were. What `poll` raises before a batch, or `watch` in
     place of one, leaves all of them as they were.
     """
-    layers = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats and m not in set(leave)]
+    found = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats and m not in set(leave)]
+    layers: list[_BatchNorm] = [*found]
     if not layers:
         return
     was_training = model.training
@@ -48,12 +59,12 @@ def update_precise_bn(
 
 
 @contextlib.contextmanager
-def _collecting(layers: list[nn.Module]) -> Iterator[list["_Population"]]:
+def _collecting(layers: list[_BatchNorm]) -> Iterator[list["_Population"]]:
     """Let `layers` normalise by their batch and hand its statistics to a population each; afterwards they are as
     before."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     before = [(layer.momentum, [getattr(layer, name).clone() for name in names]) for layer in layers]
-    populations = [_Population(layer.running_mean) for layer in layers]
+    populations = [_Population(_statistics(layer)[0]) for layer in layers]
     hooks = [layer.register_forward_hook(population.add) for layer, population in zip(layers, populations, strict=True)]
     for layer in layers:
         layer.train()
@@ -69,6 +80,13 @@ def _collecting(layers: list[nn.Module]) -> Iterator[list["_Population"]]:
                 getattr(layer, name).copy_(value)
 
 
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Running mean and variance."""
+    mean, variance = layer.running_mean, layer.running_var
+    assert mean is not None and variance is not None, "a layer that keeps no statistics"
+    return mean, variance
+
+
 class _Population:
     """Mean and variance of all values of each channel, from those of batches that may differ in size.
 
@@ -81,23 +99,22 @@ class _Population:
         self.count = torch.zeros((), dtype=torch.float64, device=like.device)
         self.total, self.squares = (torch.zeros_like(like, dtype=torch.float64) for _ in range(2))
 
-    def add(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    def add(self, layer: _BatchNorm, inputs: tuple[Tensor], output: Tensor) -> None:
         """Take a batch in: a forward hook of `layer`, whose momentum is 1."""
         values = inputs[0].numel() // inputs[0].shape[1]
         count = torch.full_like(self.count, values)
         if isinstance(layer, nn.SyncBatchNorm):
             all_reduce_sum(count)  # its statistics are those of all processes' parts together
-        mean, variance = layer.running_mean.double(), layer.running_var.double()
+        mean, variance = (value.double() for value in _statistics(layer))
         self.count += count
         self.total += count * mean
         # PyTorch keeps the unbiased variance, with a divisor of count - 1.
         self.squares += (count - 1) * variance + count * mean.square()
 
-    def write(self, layer: nn.Module) -> None:
+    def write(self, layer: _BatchNorm) -> None:
         """Give `layer` the statistics over all processes; a collective call. One that saw nothing keeps its own."""
         count = all_reduce_sum(self.count)
         mean = all_reduce_sum(self.total) / count
         variance = all_reduce_sum(self.squares) / count - mean.square()
-        seen = count > 0
-        layer.running_mean.copy_(torch.where(seen, mean, layer.running_mean))
-        layer.running_var.copy_(torch.where(seen, variance.clamp_min(0.0), layer.running_var))
+        for kept, new in zip(_statistics(layer), (mean, variance.clamp_min(0.0)), strict=True):
+            kept.copy_(torch.where(count > 0, new, kept))

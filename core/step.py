@@ -5,6 +5,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -94,7 +95,9 @@ class TrainStep:
             buffer.detach().copy_(value)
 
     def _without_exchange(self) -> contextlib.AbstractContextManager:
-        return self.network.no_sync() if hasattr(self.network, "no_sync") else contextlib.nullcontext()
+        if isinstance(self.network, DistributedDataParallel):
+            return self.network.no_sync()
+        return contextlib.nullcontext()
 
     def _update(self, loss: Tensor, number: int, rank: int) -> None:
         self.scaler.unscale_(self.optimizer)
@@ -118,7 +121,7 @@ class TrainStep:
                 self.optimizer.step()
             return
         # Fused optimisers leave the update out on the device where this is 1 (it is GradScaler's way of telling).
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, left_out.float()
+        vars(self.optimizer).update(grad_scale=None, found_inf=left_out.float())
         self.optimizer.step()
 
     def _overflow(self) -> Tensor:

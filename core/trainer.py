@@ -5,7 +5,6 @@ import datetime
 from pathlib import Path
 
 import torch
-from torch import nn
 from yacs.config import CfgNode
 
 from core import builders
@@ -82,7 +81,8 @@ def train(cfg: CfgNode, score: Scorer | None = None) -> None:
 
 def find_start(cfg: CfgNode) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, None to begin; and notes. The first process looks and tells the others."""
-    newest, notes, mistake = None, [], None
+    newest, mistake = None, None
+    notes: list[str] = []
     if is_main():
         try:
             newest, notes = newest_checkpoint(cfg.OUT_DIR)
@@ -106,7 +106,8 @@ class Run:
         test_loader = builders.build_test_loader(cfg)
         self.iterations = self.train_loader.batch_sampler.per_epoch
         self.lists = builders.list_hashes(cfg)
-        self.model = builders.build_classifier(cfg).to(device, memory_format=torch.channels_last)
+        self.model = builders.build_classifier(cfg)
+        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.frozen = builders.freeze(cfg, self.model)
         self.optimizer = builders.build_optimizer(cfg, self.model)
         self.average = MovingAverage(self.model, cfg.OPTIM.EMA_DECAY) if cfg.OPTIM.EMA_DECAY else None
@@ -127,7 +128,7 @@ class Run:
         self.clock = Clock()
 
     @property
-    def evaluated(self) -> nn.Module:
+    def evaluated(self) -> builders.Classifier:
         """The network that is evaluated: the moving average where one is kept."""
         return self.average.network if self.average else self.model
 
@@ -140,16 +141,25 @@ class Run:
     def resume(self, path: Path) -> list[str]:
         """Take up the state in a checkpoint; returns notes."""
         average = self.average.network if self.average else None
-        saved = {"average": average, "scaler": self.step.scaler, "lists": self.lists}
-        numbering = builders.trained_parameters
-        notes = restore(path, self.cfg, self.model, self.optimizer, self.position, **saved, numbering=numbering)
+        notes = restore(
+            path,
+            self.cfg,
+            self.model,
+            self.optimizer,
+            self.position,
+            average=average,
+            scaler=self.step.scaler,
+            lists=self.lists,
+            numbering=builders.trained_parameters,
+        )
         if self.position.iteration > self.iterations:
             raise UserError(f"{path}: iteration {self.position.iteration} of an epoch that has {self.iterations}")
         if place_of(path) == self.position.place:
             self.saved_at = self.position.place
         elif is_main():  # with a larger batch fewer iterations are done: names of before would count as newer
             there = checkpoints(self.cfg.OUT_DIR)
-            self.outdated = [old for old in there[: there.index(path) + 1] if place_of(old) > self.position.place]
+            before = there[: there.index(path) + 1]
+            self.outdated = [old for old in before if (place := place_of(old)) and place > self.position.place]
         done = f"{self.position.epochs_done} of {self.cfg.OPTIM.MAX_EPOCH} epochs done"
         inside = f" and {self.position.iteration} of {self.iterations} iterations of the next"
         return [f"resuming from {path}: {done}{inside if self.position.iteration else ''}", *notes]
@@ -208,9 +218,8 @@ class Run:
         self.frozen.keep_statistics()
         self.settle_buckets()
         clock, rate = Clock(), 0.0
-        batches = builders.batches_on_device(self.train_loader, self.device)
         title = f"epoch {position.epochs_done + 1}/{cfg.OPTIM.MAX_EPOCH}"
-        batches = self.faults.watched(batches)
+        batches = self.faults.watched(builders.batches_on_device(self.train_loader, self.device))
         bar = progress(batches, title, unit="it", initial=position.iteration, total=self.iterations, leave=False)
         with contextlib.closing(bar):
             for batch in bar:
@@ -322,8 +331,10 @@ class Run:
         self.faults.check_finite(self.iterations)
         self.faults.count_broken()
         average = self.average.network if self.average else None
-        saved = {"average": average, "scaler": self.step.scaler.state_dict(), "lists": self.lists}
-        content = state_of(self.cfg, self.model, self.optimizer, self.position, **saved)
+        scaler = self.step.scaler.state_dict()
+        content = state_of(
+            self.cfg, self.model, self.optimizer, self.position, average=average, scaler=scaler, lists=self.lists
+        )
         for key, value in content["model_state"].items():
             if value is not None and value.is_floating_point() and not value.isfinite().all():
                 # Such a file could not be loaded again.

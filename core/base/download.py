@@ -21,7 +21,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
@@ -189,7 +189,8 @@ def _request(url: str, have: int, origin: _Origin | None) -> tuple[http.client.H
     """Ask for the bytes from `have` on; return the answer and the position at which its body starts."""
     # Blanks and non-ASCII letters are escaped; what is escaped already stays.
     request = urllib.request.Request(urllib.parse.quote(url, safe=string.punctuation))
-    if have:
+    if origin is not None:
+        assert have and origin.validator, "nothing to go on from"  # `_read_memo` gives no other
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", origin.validator)
     try:
@@ -201,7 +202,8 @@ def _request(url: str, have: int, origin: _Origin | None) -> tuple[http.client.H
         return _request(url, 0, None)
     if response.status == 200:
         return response, 0  # where a range was asked for: the server does not continue, or the file has changed
-    if have and response.status == 206 and _range(response)[0] == have and _continues(origin, _origin(response)):
+    continues = response.status == 206 and _range(response)[0] == have
+    if origin is not None and continues and _continues(origin, _origin(response)):
         return response, have
     response.close()
     if not have:
@@ -258,12 +260,13 @@ class _Paced(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         wait = self._deadline - time.monotonic()
         if wait <= 0:
             raise TimeoutError(f"the server is too slow, fewer than {SLOWEST} bytes in {TIMEOUT} seconds")
         self._socket.settimeout(wait)
         got = self._raw.readinto(buffer)
+        assert got is not None, "the socket waits for bytes"
         self._got += got
         if self.left is not None:
             self.left -= got
@@ -279,7 +282,7 @@ class _Paced(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    def __init__(self, connection: socket.socket, *args: object, **kwargs: object) -> None:
+    def __init__(self, connection: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(connection, *args, **kwargs)
         self.fp.close()
         self._paced = _Paced(connection)
@@ -337,7 +340,7 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException | str) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return "the server answers " + " ".join(f"{error.code} {error.reason}".split())[:300]
     if isinstance(error, urllib.error.URLError):

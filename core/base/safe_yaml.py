@@ -46,20 +46,21 @@ class _PlainLoader(yaml.SafeLoader):
         self._depth = self._nodes = 0
         self._sizes: dict[int, int] = {}  # nodes below each finished node, by its id
 
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event, before = self.peek_event(), self._nodes
+        mark = event.start_mark
         self._depth += 1
         if self._depth > DEEPEST:
-            raise ConstructorError(None, None, f"it is nested more than {DEEPEST} deep", event.start_mark)
+            raise ConstructorError(None, None, f"it is nested more than {DEEPEST} deep", mark)
         node = super().compose_node(parent, index)
         if not isinstance(event, yaml.AliasEvent):
             self._nodes += 1
         elif id(node) in self._sizes:
             self._nodes += self._sizes[id(node)]
         else:
-            raise ConstructorError(None, None, f"*{event.anchor} stands inside what it refers to", event.start_mark)
+            raise ConstructorError(None, None, f"*{event.anchor} stands inside what it refers to", mark)
         if self._nodes > MOST_NODES:
-            raise ConstructorError(None, None, f"it stands for more than {MOST_NODES:,} values", event.start_mark)
+            raise ConstructorError(None, None, f"it stands for more than {MOST_NODES:,} values", mark)
         self._sizes.setdefault(id(node), self._nodes - before)
         self._depth -= 1
         return node
@@ -74,7 +75,7 @@ class _PlainLoader(yaml.SafeLoader):
             raise ConstructorError(None, None, "a whole number of more than 64 bits", node.start_mark)
         return value
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """PyYAML takes the last of equal keys and forgets the others: half a configuration could go unread."""
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)) if _is_mapping(node) else ():

@@ -132,7 +132,7 @@ def _fill_closed_descriptors() -> None:
 def _safe(stream: TextIO | None, stack: contextlib.ExitStack, name: str) -> _Printable:
     if isinstance(stream, _Printable):
         return stream
-    if hasattr(stream, "reconfigure") and stream.errors == "strict":
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
         stream.reconfigure(errors="backslashreplace")
         stack.callback(_restore, stream)
     return _Printable(stream, name)
@@ -153,6 +153,6 @@ def unwritten() -> _Printable | None:
     return sys.stdout if failed and sys.stdout.tell is None else None
 
 
-def _restore(stream: TextIO) -> None:
+def _restore(stream: io.TextIOWrapper) -> None:
     with contextlib.suppress(OSError, ValueError):  # what could not be written cannot be flushed
         stream.reconfigure(errors="strict")

@@ -31,7 +31,8 @@ def place_of(path: Path) -> tuple[int, int] | None:
 
 def checkpoints(out_dir: str | Path) -> list[Path]:
     """All checkpoints, the newest last (by the position in their names)."""
-    return sorted(filter(place_of, (Path(out_dir) / FOLDER).glob("model_epoch_*.pyth")), key=place_of)
+    files = (Path(out_dir) / FOLDER).glob("model_epoch_*.pyth")
+    return sorted(filter(place_of, files), key=lambda path: place_of(path) or (0, 0))
 
 
 def newest_checkpoint(out_dir: str | Path) -> tuple[Path | None, list[str]]:
@@ -39,7 +40,7 @@ def newest_checkpoint(out_dir: str | Path) -> tuple[Path | None, list[str]]:
 
     Raises `UserError` where there are checkpoints, but all are broken.
     """
-    notes = []
+    notes: list[str] = []
     for path in reversed(checkpoints(out_dir)):
         fault = find_fault(path)
         if fault is None:
@@ -91,7 +92,7 @@ def prune(out_dir: str | Path, keep: int) -> None:
     if keep:
         old = present[:-keep]
     else:
-        inside = [path for path in present if PATTERN.fullmatch(path.name)[2]]
+        inside = [path for path in present if (match := PATTERN.fullmatch(path.name)) and match[2]]
         old = [path for path in inside if path not in present[-KEPT_INSIDE_EPOCHS:]]
     for path in old:
         path.unlink()

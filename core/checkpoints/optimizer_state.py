@@ -1,6 +1,7 @@
 """The optimiser's state as a checkpoint holds it, and back: by the names of the parameters, whatever their numbers."""
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,18 @@ class StateError(UserError):
     """An optimizer state that cannot be used; the message is one line that begins with the key."""
 
 
-def whole_state(optimizer: Optimizer, head: nn.Module | None) -> dict:
+class Head(Protocol):
+    """The head of a network, whose classes may be split over the processes."""
+
+    weight: nn.Parameter
+    num_classes: int
+
+    def gather(self, rows: Tensor) -> Tensor | None: ...
+
+    def shard(self, full: Tensor) -> Tensor: ...
+
+
+def whole_state(optimizer: Optimizer, head: Head | None) -> dict:
     """`optimizer.state_dict()`, with all classes of a sharded `head`; a collective call, complete in the first process.
 
     The optimizer stays as it is: torch hands out the very dictionaries that it works with.
@@ -35,7 +47,7 @@ def whole_state(optimizer: Optimizer, head: nn.Module | None) -> dict:
 
 
 def load_state(
-    optimizer: Optimizer, content: Mapping, head: nn.Module | None, *, numbering: Callable[[], list[list[str]]]
+    optimizer: Optimizer, content: Mapping, head: Head | None, *, numbering: Callable[[], list[list[str]]]
 ) -> list[str]:
     """Take up the state of every parameter that is trained; return notes about those for which `content` has none.
 
@@ -93,9 +105,7 @@ def _by_name(content: Mapping, numbering: Callable[[], list[list[str]]]) -> dict
     return {name_of[number]: entry for number, entry in present.items() if entry}
 
 
-def _entry(
-    saved: Mapping, parameter: nn.Parameter, kind: str, head: nn.Module | None, *, key: str
-) -> dict[str, Tensor]:
+def _entry(saved: Mapping, parameter: nn.Parameter, kind: str, head: Head | None, *, key: str) -> dict[str, Tensor]:
     """The state of one parameter, of this process's classes where the parameter is that of a `head`."""
     expected = {*KEPT[kind], "step"} if kind == "adamw" else set(KEPT[kind])
     if saved.keys() != expected:
@@ -125,9 +135,9 @@ def _checked(value: object, shape: tuple[int, ...], dtype: torch.dtype, *, key: 
 
 
 def _steps(value: object, key: str) -> float:
-    counts = isinstance(value, Tensor) and (value.is_floating_point() or value.dtype in (torch.int32, torch.int64))
-    if counts and value.numel() == 1 and value.layout == torch.strided and not value.is_meta:
-        value = value.double().item()
+    if isinstance(value, Tensor) and value.numel() == 1 and value.layout == torch.strided and not value.is_meta:
+        counts = value.is_floating_point() or value.dtype in (torch.int32, torch.int64)
+        value = value.double().item() if counts else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_STEPS:
         raise StateError(f"{key}: step is no number of steps")
     return float(value)

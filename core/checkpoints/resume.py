@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from yacs.config import CfgNode
 
 from core.base.errors import UserError
 from core.base.version import code_version
-from core.checkpoints.optimizer_state import StateError, load_state, whole_state
+from core.checkpoints.optimizer_state import Head, StateError, load_state, whole_state
 from core.checkpoints.position import Position
 from core.checkpoints.run_content import check_content
 from core.checkpoints.saved_settings import changed_settings, check_saved_settings
@@ -70,8 +71,7 @@ def state_of(
     return content
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    """The head, whose classes may be split over the processes."""
+def _head(model: nn.Module) -> Head | None:
     return getattr(model, "desc_cls", None)
 
 
@@ -144,7 +144,7 @@ def _settings_of_numbers(text: object, cfg: CfgNode) -> CfgNode:
     return saved
 
 
-def _get(cfg: CfgNode, key: str) -> object:
+def _get(cfg: CfgNode, key: str) -> Any:
     for name in key.split("."):
         cfg = cfg[name]
     return cfg

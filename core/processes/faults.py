@@ -7,9 +7,7 @@ import contextlib
 import datetime
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-from torch.utils.data import Dataset
+from typing import Any, Protocol
 
 from core.base.errors import Failure, UserError
 from core.base.terminal import reason_of
@@ -25,6 +23,12 @@ class FailedElsewhere(Failure):
     """Another process of the run cannot go on; that one tells more."""
 
 
+class Images(Protocol):
+    """What is trained with, for messages."""
+
+    def path(self, index: int) -> str: ...
+
+
 class Faults:
     """Watches a run. All methods but `met` are collective: every process calls them equally often.
 
@@ -35,7 +39,7 @@ class Faults:
         self,
         position: Position,
         step: TrainStep,
-        dataset: Dataset,
+        dataset: Images,
         *,
         skip_broken: int,
         remember: int,
@@ -110,7 +114,8 @@ class Faults:
         A collective call; every process calls `poll` before each step. Several processes make a batch ahead, for the
         others are in the next step when they learn that one is missing.
         """
-        iterator, made, begun = iter(batches), deque(), False
+        made: deque[Any] = deque()
+        iterator, begun = iter(batches), False
         while True:
             try:
                 while len(made) < min(world_size(), 2) and self.failing is None:

@@ -3,6 +3,7 @@
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -40,7 +41,7 @@ class SignalFlags:
     def __init__(self, *, patient: bool):
         self.patient = patient
         self.received: list[int] = []
-        self.before: dict[int, object] = {}
+        self.before: dict[int, Any] = {}  # handlers
 
     def __enter__(self) -> "SignalFlags":
         self.before = {number: signal.signal(number, self._note) for number in SIGNALS}

@@ -12,8 +12,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import torch
@@ -174,7 +175,7 @@ def _own_store(cfg: CfgNode) -> dist.TCPStore:
 
 
 @contextlib.contextmanager
-def _handing_signals_on(processes: list[mp.Process]) -> Iterator[list[int]]:
+def _handing_signals_on(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
     """Hand SIGINT and SIGTERM on to the processes; yields the list of those received. A second one kills them."""
     received: list[int] = []
 
@@ -196,7 +197,7 @@ def _handing_signals_on(processes: list[mp.Process]) -> Iterator[list[int]]:
 
 
 def _wait(
-    processes: list[mp.Process], pipes: list[Connection], failures: list[Report], *, timeout: float
+    processes: Sequence[BaseProcess], pipes: list[Connection], failures: list[Report], *, timeout: float
 ) -> list[int | None]:
     """Wait until all have ended: from the first failure on at most GRACE seconds more, from the first end on `timeout`.
 
@@ -215,6 +216,7 @@ def _wait(
                 except (EOFError, OSError):
                     reports.discard(ready)
                 continue
+            assert isinstance(ready, int)
             process = running.pop(ready)
             process.join()
             deadline = min(deadline, time.monotonic() + (GRACE if process.exitcode else timeout + GRACE))
