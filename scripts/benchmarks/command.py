@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "name", choices=["all", "head", "loader", "step", "extract", "evaluate", "search", "drift"], help="what to time"
     )
-    modes = "; ".join(f"{name}: {', '.join(choices)}" for name, choices in MODES.items())
-    parser.add_argument("--mode", help=f"{modes}; the first is the default")
+    listed = "; ".join(f"{name}: {', '.join(choices)}" for name, choices in MODES.items())
+    parser.add_argument("--mode", help=f"{listed}; the first is the default")
     parser.add_argument("--size", type=int, help="side of the images in pixels (loader: 512, step: 224, extract: 1024)")
     parser.add_argument("--batch", type=int, help="images a batch (head: 8 and 64, step: 8)")
     parser.add_argument("--depth", type=int, default=50, choices=[50, 101, 152], help="of the ResNet")

@@ -47,7 +47,7 @@ def evaluate_cases(
     case = f"{len(queries)} x {len(database):,} x {dim}"
     note = f"processor time; mAP M {100 * found['ours']['M']['mAP']:.2f}, largest difference {100 * difference:.1e} "
     note += f"points, float16 {100 * half:.1e}; memory {_peak(ours) >> 20} and {_peak(published) >> 20} MiB"
-    yield Case(case, *zip(*seconds, strict=True), note=note)
+    yield Case(case, [pair[0] for pair in seconds], [pair[1] for pair in seconds], note)
 
 
 def stream_cases(*, count: int = 10_000_000, dim: int = 512) -> Iterator[Case]:
@@ -73,11 +73,12 @@ class Stream:
         self.shape = (count, dim)
         self._block = _normalised(np.random.default_rng(1).normal(size=(ROWS_A_CHUNK, dim)).astype(np.float32))
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        assert isinstance(rows, slice), "read in order"
         number, offset = divmod(rows.start, ROWS_A_CHUNK)
         length = min(rows.stop, self.shape[0]) - rows.start
         assert offset + length <= ROWS_A_CHUNK, rows
-        signs = np.random.default_rng(number).choice(np.float32([-1, 1]), self.shape[1])
+        signs = np.random.default_rng(number).choice(np.array([-1, 1], np.float32), self.shape[1])
         return np.roll(self._block[offset : offset + length], number, axis=1) * signs
 
 

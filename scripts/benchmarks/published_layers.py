@@ -22,6 +22,7 @@ class PublishedHead(nn.Module):
         self.margin = margin
         self.weight = nn.Parameter(torch.empty(num_classes, dim))
         nn.init.xavier_uniform_(self.weight)  # as ours; the published code leaves it as the memory was
+        self.t: Tensor
         self.register_buffer("t", torch.zeros(1))
 
     def forward(self, descriptors: Tensor, labels: Tensor) -> Tensor:
@@ -57,6 +58,7 @@ class PublishedClassifier(nn.Module):
     def describe(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> descriptors [B, dim]."""
         net = self.descriptor
+        assert net.localmodel is not None and net.fc_t is not None
         f3, f4 = net.globalmodel(images)
         local, _ = net.localmodel(f3)
         g = net.fc_t(net.pool_g(f4))

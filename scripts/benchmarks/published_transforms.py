@@ -57,6 +57,8 @@ class PublishedDataset(Dataset):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        image = cv2.imread(self._paths[index]).astype(np.float32, copy=False)
+        image = cv2.imread(self._paths[index])
+        assert image is not None, self._paths[index]
+        image = image.astype(np.float32, copy=False)
         rng = Generator(PCG64(SeedSequence([self._seed, 0, index])))
         return published_transform(image, draw_train(rng, *image.shape[:2]), self._size), self._labels[index]

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -22,7 +23,7 @@ from datasets.device import DeviceBatches
 from datasets.landmark import LandmarkDataset
 from datasets.loader import TrainBatches, make_loader
 from datasets.transforms import FastTrainTransform, TrainTransform
-from model.margin import build_head
+from model.margin import CosineHead, build_head
 from scripts.benchmarks.published_layers import PublishedClassifier, PublishedHead
 from scripts.benchmarks.published_transforms import PublishedDataset
 from scripts.benchmarks.timing import Case, compare
@@ -31,6 +32,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "configs" / "resnet50_delg_8gpu.y
 CLASSES, DIM, SCALE, MARGIN = 81_313, 512, 30.0, 0.15
 LOADER_FILES, LOADER_SIDE, LOADER_BATCH, LOADER_WORKERS = 48, 1000, 8, 2
 LOADER_IMAGES = 4 * LOADER_FILES  # of an epoch: each file is listed so often, or its beginning and end would weigh
+Head = TypeVar("Head", CosineHead, PublishedHead)
 BYTES_PER_PIXEL = 0.27  # medians of three sets of landmark photographs: 0.24, 0.28, 0.30
 
 
@@ -62,7 +64,7 @@ def head_cases(*, batches: tuple[int, ...] = (8, 64), seconds: float = 8.0, leas
         yield compare(f"{CLASSES} x {DIM}, batch {batch}", *sides, seconds=seconds, least=least, note=note)
 
 
-def _our_loss(head: nn.Module, descriptors: Tensor, *, labels: Tensor) -> Tensor:
+def _our_loss(head: CosineHead, descriptors: Tensor, *, labels: Tensor) -> Tensor:
     return head.loss(descriptors, labels)[0]
 
 
@@ -71,12 +73,13 @@ def _published_loss(head: nn.Module, descriptors: Tensor, *, labels: Tensor) -> 
 
 
 def _gradients(
-    head: nn.Module, descriptors: Tensor, loss: Callable[[nn.Module, Tensor], Tensor]
+    head: Head, descriptors: Tensor, loss: Callable[[Head, Tensor], Tensor]
 ) -> Callable[[], tuple[Tensor, Tensor]]:
     def run() -> tuple[Tensor, Tensor]:
         head.zero_grad(set_to_none=True)
         x = descriptors.clone().requires_grad_()
         loss(head, x).backward()
+        assert x.grad is not None and head.weight.grad is not None
         return x.grad, head.weight.grad
 
     return run
@@ -202,7 +205,8 @@ def _our_step(
 ) -> Callable[[], None]:
     cfg = load_cfg(RECIPE, _settings(depth, batch, precision, compiled))
     torch.manual_seed(0)
-    model = builders.build_classifier(cfg).to(device, memory_format=torch.channels_last).train()
+    model = builders.build_classifier(cfg).train()
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     step: TrainStep = builders.build_step(cfg, model, builders.build_optimizer(cfg, model))
     images = images.contiguous(memory_format=torch.channels_last)
 

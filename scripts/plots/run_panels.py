@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888")
 MARKERS = "os^DvPXp"
 DASHES = (0, (4, 1.5))
-MARKED = {"linewidth": 1.1, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
+MARKED: dict[str, Any] = {"linewidth": 1.1, "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.5}
+Place = Literal["upper right", "lower right"]
 
 
 class Panel(NamedTuple):
@@ -50,7 +51,8 @@ def panel_rows(runs: list[RunCurves]) -> list[list[Panel]]:
 
 def _score_rows(runs: list[RunCurves]) -> list[list[Panel]]:
     """For one run a panel a set, with a line a level; for several a row a set, with a panel a level."""
-    together, rows = [], []
+    together: list[Panel] = []
+    rows: list[list[Panel]] = []
     for name in sorted({name for run in runs for name in run.sets()}):
         by_level = {level: [run.curve(f"retrieval {name}", level) for run in runs] for level in LEVELS}
         if len(runs) == 1:
@@ -133,8 +135,8 @@ def _score_panel(axes: "Axes", *, lines: list[tuple[int, str, np.ndarray, np.nda
 def _marked(axes: "Axes", x: np.ndarray, y: np.ndarray, number: int, lines: int, **style) -> "Line2D":
     """A line with about 12 marks, which `lines` lines set at different places."""
     every = max(1, len(x) // 12)
-    marks = {"marker": MARKERS[number], "markevery": (every * number // lines, every), **MARKED}
-    return axes.plot(x, y, color=COLOURS[number], **marks, **style)[0]
+    marks = (every * number // lines, every)
+    return axes.plot(x, y, color=COLOURS[number], marker=MARKERS[number], markevery=marks, **MARKED, **style)[0]
 
 
 def _log_axis(axes: "Axes", *, steps: tuple[int, ...]) -> None:
@@ -146,7 +148,7 @@ def _log_axis(axes: "Axes", *, steps: tuple[int, ...]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _list_best(axes: "Axes", title: str, best: list[Best], place: str, unit: str) -> None:
+def _list_best(axes: "Axes", title: str, best: list[Best], place: Place, unit: str) -> None:
     if not best:
         return
     value = "{:.2f} %" if unit == "%" else "{:.4g}"

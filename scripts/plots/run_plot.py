@@ -3,7 +3,7 @@
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.base.arguments import Parser
 from core.base.errors import UserError, entry_point
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DPI = 150
 PANEL = (5.2, 3.5)  # inches
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib lists all of its keys in a type
     "font.size": 9.5,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -88,6 +88,7 @@ def plot_runs(paths: list[Path], out: Path) -> None:
 def draw(runs: list[RunCurves], names: list[str]) -> "Figure":
     """A panel for everything that at least one of the runs has data for, and a legend above them."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     rows = panel_rows(runs)
@@ -99,8 +100,8 @@ def draw(runs: list[RunCurves], names: list[str]) -> "Figure":
     columns = max(1, min(entries, int(width / (0.5 + 0.08 * max(map(len, [*names, "validation"]))))))
     head = 0.3 + 0.22 * -(-entries // columns)  # inches above the panels
     height = PANEL[1] * len(rows) + head
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - head / height), w_pad=0.12, h_pad=0.12)
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - head / height), w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     grid = figure.add_gridspec(len(rows), 6)  # one, two or three panels fill a row
     for number, row in enumerate(rows):
         share = 6 // len(row)
@@ -127,6 +128,7 @@ def _legend(figure: "Figure", names: list[str], *, columns: int, top: float) -> 
     handles.append(Line2D([], [], color="#555555", linestyle=DASHES, marker="o", **MARKED))
     # matplotlib leaves out what begins with an underscore
     labels = [f" {name}" if name.startswith("_") else name for name in [*names, "training", "validation"]]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, top), "borderaxespad": 0}
-    for text in figure.legend(handles, labels, ncols=columns, **place).get_texts():
+    place = (0.5, top)
+    legend = figure.legend(handles, labels, ncols=columns, loc="upper center", bbox_to_anchor=place, borderaxespad=0)
+    for text in legend.get_texts():
         text.set_parse_math(False)  # a name may hold a $

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def smooth(x: np.ndarray, y: np.ndarray, width: float) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def run_names(paths: list[str | os.PathLike]) -> list[str]:
+def run_names(paths: Sequence[str | os.PathLike]) -> list[str]:
     """What a legend calls the runs: the ends of their paths, as long as it takes to tell them apart."""
     parts = [Path(os.path.abspath(path)) for path in paths]
     parts = [path.parent if path.name == LOG_NAME else path for path in parts]
