@@ -33,7 +33,7 @@ def check_sets(cfg: CfgNode) -> None:
             images.sha256()
 
 
-def score_sets(cfg: CfgNode, network: nn.Module, poll: Callable[[], None]) -> dict[str, dict[str, float | None]]:
+def score_sets(cfg: CfgNode, network: Classifier, poll: Callable[[], None]) -> dict[str, dict[str, float | None]]:
     """mAP in percent of each set of TEST.RETRIEVAL: set -> {easy, medium, hard}, None where no query has positives.
 
     By the descriptors that extraction with the same keys of INFER gives; None for all where one of them is zero or not
@@ -109,7 +109,7 @@ def _describe_all(
 
     with contextlib.closing(stream):
         for group in by_size(usable(), limits, batch_size=batch_size_of(cfg, gpu=gpu)):
-            pixels = torch.stack([picture.pixels for picture in group])
+            pixels = torch.stack([torch.as_tensor(picture.pixels) for picture in group])
             found = describe_batch(network, pixels, scales=limits.scales, max_pixels=limits.max_level_pixels)
             vectors |= zip((picture.index for picture in group), found, strict=True)
     poll()

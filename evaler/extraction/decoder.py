@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -77,6 +77,7 @@ class Encoded:
 
 
 Item = Picture | Broken | Encoded
+T = TypeVar("T", Picture | Broken, Item)
 
 
 class Decoder:
@@ -104,7 +105,7 @@ class Decoder:
         """The image, decoded here."""
         return self._hashed(index, self._decoded)
 
-    def _hashed(self, index: int, make: Callable[[int, bytes], Item]) -> Item:
+    def _hashed(self, index: int, make: Callable[[int, bytes], T]) -> T:
         try:
             data = self.images.read(index)
         except ImageError as error:

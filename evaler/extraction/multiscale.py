@@ -52,7 +52,7 @@ def describe_batch(
         levels = pyramid(images.numpy(), scales)
     else:
         levels = pyramid_on_device(_copied(images, device), scales)
-    sum_ = sum(F.normalize(network(level)) for level in levels)
+    sum_ = sum((F.normalize(network(level)) for level in levels), torch.zeros(()))
     return F.normalize(sum_ / len(scales)).cpu().numpy()
 
 

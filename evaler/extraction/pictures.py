@@ -1,6 +1,6 @@
 """Pictures in the order of a list, decoded ahead of the network and put together by size."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -80,7 +80,7 @@ class _Singly:
 
 def decoded(
     pictures: Pictures, indices: Iterable[int], *, workers: int, timeout: float = TIMEOUT
-) -> Iterator[Picture | Broken]:
+) -> Generator[Picture | Broken, None, None]:
     """The pictures of these indices, in their order, decoded by `workers` processes ahead of their use.
 
     To be closed if it is not read to its end (`contextlib.closing`). `timeout`: as in `make_loader`.

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     if not gpus:
         overrides += ["NUM_GPUS", "0"]
     logs = Path(cfg.OUT_DIR) / "logs"
-    shards = []
+    shards: list[Shard] = []
     with folder_lock(logs), _ending(shards):  # a second start would write into the same logs
         for number in range(1, count + 1):
             device = gpus[(number - 1) % len(gpus)] if gpus else ""
@@ -188,9 +188,9 @@ def _watch(shards: list[Shard]) -> None:
 
 
 def _show(shown: tqdm, shards: list[Shard]) -> None:
-    told = [shard for shard in shards if shard.total is not None]
+    told = [(shard.done, shard.total) for shard in shards if shard.total is not None]
     running = sum(shard.process.poll() is None for shard in shards)
     shown.set_postfix_str(f"{running} of {len(shards)} shards at work", refresh=False)
     if len(told) == len(shards):
-        shown.total = sum(shard.total for shard in told)
-    shown.update(sum(shard.done for shard in told) - shown.n)
+        shown.total = sum(total for _, total in told)
+    shown.update(sum(done for done, _ in told) - shown.n)

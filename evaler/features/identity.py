@@ -50,7 +50,7 @@ class Identities:
         """uint8 [48] of an image that has been found to be the same."""
         return np.concatenate([identity, self.stamps[index]])
 
-    def same(self, indices: Sequence[int], records: np.ndarray, *, title: str = "") -> np.ndarray:
+    def same(self, indices: Sequence[int] | np.ndarray, records: np.ndarray, *, title: str = "") -> np.ndarray:
         """Which images (bool [n]) are what their records (uint8 [n, 48]) tell; files are read where stamps differ.
 
         An image of unknown bytes is the same as long as it cannot be read. title: of a bar, if it takes long.

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from revisitop.scores import Rows
+
 
 class Stacked:
     """Arrays [N, D] of one dimension behind one another, read as one by slices and by arrays of indices."""
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+    def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts, self._ends = list(parts), np.cumsum([part.shape[0] for part in parts])
         self.shape = (int(self._ends[-1]), int(parts[0].shape[1]))
 
@@ -35,7 +37,7 @@ class Stacked:
 class Mapped:
     """Rows to which a function of rows (float32 [n, D] -> float32 [n, E]) is applied when they are read."""
 
-    def __init__(self, rows: "np.ndarray | Stacked", function: Callable[[np.ndarray], np.ndarray], dim: int) -> None:
+    def __init__(self, rows: Rows, function: Callable[[np.ndarray], np.ndarray], dim: int) -> None:
         self._rows, self._function = rows, function
         self.shape = (rows.shape[0], dim)
 

@@ -62,7 +62,7 @@ class FeaturesError(UserError):
 class Rejected(NamedTuple):
     """An image that has no descriptor, and why."""
 
-    index: int  # in the list that was extracted, from 0
+    index: int  # type: ignore[assignment]  # in the list that was extracted, from 0; hides a method of tuples
     name: str
     reason: str
 
@@ -230,7 +230,7 @@ def read_manifest(folder: str | os.PathLike, collection: str) -> dict:
         raise FeaturesError(f"{path}: not a manifest: {reason_of(error)}; extract it again") from None
     if type(description) is dict and type(format := description.get("format")) is int and format != MANIFEST_FORMAT:
         raise FeaturesError(f"{path}: format {format}, this code reads format {MANIFEST_FORMAT}")
-    if not _is_manifest(description):
+    if type(description) is not dict or not _is_manifest(description):
         raise FeaturesError(f"{path}: not a manifest of descriptors; extract it again")
     return description | {"provenance": Provenance.from_json(description["provenance"])}
 

@@ -19,7 +19,12 @@ NONE = np.iinfo(np.int64).max  # the index of no image
 
 
 def top_k(
-    queries: np.ndarray, database: Rows, k: int, *, exclude: Sequence[int] | None = None, shown: bool = True
+    queries: np.ndarray,
+    database: Rows,
+    k: int,
+    *,
+    exclude: Sequence[int] | np.ndarray | None = None,
+    shown: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores float32 [Q, K] and indices int64 [Q, K] of the K = min(k, N) images with the highest dot products.
 

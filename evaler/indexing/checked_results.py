@@ -34,5 +34,5 @@ def check_scores(
     """Raise `FeaturesError` if these are not the scores of these rows: what was searched holds other descriptors."""
     for query, of_one, images in zip(np.asarray(queries, np.float64), scores, rows, strict=True):
         expected = np.asarray(vectors[images], dtype=np.float64) @ query
-        if len(images) and np.abs(expected - of_one).max() > TOLERANCE * max(1.0, np.linalg.norm(query)):
+        if len(images) and np.abs(expected - of_one).max() > TOLERANCE * max(1.0, float(np.linalg.norm(query))):
             raise FeaturesError(f"{source}: its scores are not those of the descriptors here; it holds others")

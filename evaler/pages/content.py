@@ -23,6 +23,7 @@ from evaler.scoring.revisited import (
     score_loaded,
 )
 from evaler.scoring.score import Score
+from evaler.sources.image_list import ImageList
 from evaler.sources.images import DISTRACTORS, distractors, revisited_set
 from revisitop import groundtruth
 from revisitop.protocol import SETTING_NAMES, SETTINGS
@@ -54,13 +55,14 @@ def revisited_page(cfg: CfgNode, name: str, runs: Sequence[Run], shown: Shown) -
         scores.append(score_loaded(loaded, gnd_path, truth, folder, distractors=behind[-1], refinement=run.refinement))
         aps = {setting: scores[-1].settings[setting].per_query for setting in SETTINGS}
         lists.append(revisited_lists(loaded, truth, aps, top=shown.top))
-    if behind[0] is not None and any(other.names != behind[0].names for other in behind[1:]):
+    first = behind[0]
+    if first is not None and any(other is None or other.names != first.names for other in behind[1:]):
         raise UserError("the runs have other distractors, or the same in another order: extract them from one list")
     cards = [score.card for score in scores]
     images = revisited_set(cfg.INFER.DATA_DIR, name, crop_query=cards[0]["queries_cropped"] is not False)
-    parts = [(images["database"], truth.imlist)]
-    if behind[0] is not None:
-        parts.append((distractors(cfg.INFER.DATA_DIR), behind[0].names))
+    parts: list[tuple[ImageList, Sequence[str]]] = [(images["database"], truth.imlist)]
+    if first is not None:
+        parts.append((distractors(cfg.INFER.DATA_DIR), first.names))
     chosen = spread(len(truth.qimlist), shown.queries)
     cropped = {True: " (cropped)", False: " (not cropped)"}.get(cards[0]["queries_cropped"], "")
     settings = [

@@ -62,7 +62,8 @@ def pictures(
     """`queries` (name and photograph each), `images` and `notes` of a page. lists: of each run, for each query."""
     notes: list[str] = []
     missed = [[one.missed[: shown.missed] for one in of_run] for of_run in lists]
-    of_rows = [*(one.found for of_run in lists for one in of_run), *(rows for of_run in missed for rows in of_run)]
+    of_rows: list[Sequence[tuple[int, float, str]]] = [one.found for of_run in lists for one in of_run]
+    of_rows += [rows for of_run in missed for rows in of_run]
     needed = sorted({image for rows in of_rows for image, *_ in rows})
     number = {image: place for place, image in enumerate(needed)}
     photos = _jpegs(cfg, [gallery.photo(image) for image in needed], RESULT, "results", notes)

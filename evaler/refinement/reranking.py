@@ -33,8 +33,7 @@ class Reranking(Step):
         return f"SuperGlobal re-ranking of {self.candidates} ({self.neighbours} neighbours, beta {self.beta:g})"
 
     def ranking(self, queries: np.ndarray, database: Rows, first: np.ndarray | None) -> np.ndarray:
-        how = {"neighbours": self.neighbours, "beta": self.beta}
-        return rerank(queries, database, candidates=self.candidates, **how)
+        return rerank(queries, database, candidates=self.candidates, neighbours=self.neighbours, beta=self.beta)
 
 
 def rerank(queries: np.ndarray, database: Rows, *, candidates: int, neighbours: int, beta: float) -> np.ndarray:

@@ -5,13 +5,17 @@ import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
 from datasets.images.decode import MAX_PIXELS, ImageError, decode, read_file
 from datasets.normalisation import note_on_path
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = TypeVar("Array", np.ndarray, "Tensor")
 Box = tuple[float, float, float, float]
 THREADS = 16  # of those that ask for sizes: on a network disk nearly all of the time is waiting
 BLOCK = 4096  # images that are asked for, or hashed, at once
@@ -88,7 +92,7 @@ def read_cropped(
     return image
 
 
-def crop(image: np.ndarray, box: Sequence[float] | None) -> np.ndarray:
+def crop(image: Array, box: Sequence[float] | None) -> Array:
     """Cut the box (x1, y1, x2, y2 in pixels, truncated to integers as published) out of [H, W, 3]; None keeps all."""
     if box is None:
         return image

@@ -55,7 +55,7 @@ def search(folder: Path) -> Found:
     Raises `ImageError` for a folder that cannot be read and for a name that cannot be written down.
     """
     found = Found()
-    waiting = [("", frozenset())]
+    waiting: list[tuple[str, frozenset]] = [("", frozenset())]
     with bar(None, "listing", unit="file", delay=2, leave=False, disable=not is_main()) as shown:
         while waiting:
             inner, above = waiting.pop()

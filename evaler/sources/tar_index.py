@@ -5,6 +5,7 @@ sha256 of the rest, one line of JSON, offsets and sizes as int64, and the names.
 """
 
 import hashlib
+import io
 import json
 import os
 import tarfile
@@ -12,7 +13,6 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -82,7 +82,8 @@ def _archive(path: str) -> Archive:
 
 
 def _build(archives: list[Archive]) -> TarIndex:
-    found, names, offsets, sizes = [], [], array("q"), array("q")
+    names: list[str] = []
+    found, offsets, sizes = [], array("q"), array("q")
     total = sum(archive.size for archive in archives)
     with bar(
         None, "indexing", unit="B", unit_scale=True, total=total, delay=2, leave=False, disable=not is_main()
@@ -125,11 +126,11 @@ def _read(archive: Archive, names: list[str], offsets: array, sizes: array, adva
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
     if _archive(path) != archive:
         raise ImageError(f"{path}: has changed while it was read; wait until it is complete")
-    counts = {"links": links, "others": others, "hidden": hidden, "first_hidden": first_hidden}
-    return replace(archive, images=len(names) - before, **counts)
+    images = len(names) - before
+    return replace(archive, images=images, links=links, others=others, hidden=hidden, first_hidden=first_hidden)
 
 
-def _members(path: str, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
+def _members(path: str, file: io.BufferedIOBase) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Each member, and where it ends."""
     if file.read(8).startswith(_PACKED):
         raise ImageError(f"{path}: compressed, its members cannot be read at random; unpack it to a plain .tar")
@@ -143,7 +144,7 @@ def _members(path: str, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]
     _check_end(path, file, end)
 
 
-def _check_end(path: str, file: BinaryIO, position: int) -> None:
+def _check_end(path: str, file: io.BufferedIOBase, position: int) -> None:
     """The end is zeros, a block of 512 at least, and nothing else."""
     file.seek(position)
     if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:

@@ -1,9 +1,10 @@
 """The members of a tar archive that nobody vouches for: one after the other, forwards, in bounded time and memory."""
 
+import io
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from core.base.errors import UserError
 
@@ -15,7 +16,7 @@ _PAX, _LONG = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE), (b"L"
 _DIGITS = re.compile(rb"\d{256}")
 
 
-def members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
+def members(file: io.BufferedIOBase) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Each member, and where the header behind it stands; `file` may be moved before the next one is asked for.
 
     tarfile reads the headers, but through `_Headers`, and a member must not lead backwards: left alone, a size below
@@ -27,9 +28,10 @@ def members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """
     headers, position = _Headers(file), 0
     try:
-        with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        fileobj = cast(BinaryIO, headers)  # as much of one as tarfile uses
+        with tarfile.open(fileobj=fileobj, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # or a million of them take gigabytes
+                tar.members.clear()  # type: ignore[attr-defined]  # or a million of them take gigabytes
                 _check(member, position, tar)
                 position = tar.offset
                 yield member, position
@@ -54,7 +56,7 @@ def _check(member: tarfile.TarInfo, position: int, tar: tarfile.TarFile) -> None
 class _Headers:
     """What tarfile reads of an archive: the headers, not the members' content."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         self.tell, self.seek, self._read = file.tell, file.seek, file.read
         self.last, self._extends, self._left = b"", b"", _MOST_HEADER_BYTES
 

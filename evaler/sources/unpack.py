@@ -3,13 +3,14 @@
 import contextlib
 import filecmp
 import gzip
+import io
 import os
 import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from core.base.errors import UserError
 from core.base.progress import bar
@@ -69,11 +70,11 @@ def unpack(
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
     try:
-        staged, *passed_over = _stage(archive, staging, wanted, member_bytes, total_bytes)
+        staged, passed_over, first = _stage(archive, staging, wanted, member_bytes, total_bytes)
         kept = _put_in_place(staged, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # must not hide why this ends; the next call removes the rest
-    return Unpacked(len(staged), kept, *passed_over)
+    return Unpacked(len(staged), kept, passed_over, first)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -113,7 +114,7 @@ def _unfit(member: tarfile.TarInfo) -> str | None:
     return None if member.size else "is empty"
 
 
-def _members(archive: Path, member_bytes: int, total_bytes: int) -> Iterator[tuple[tarfile.TarInfo, BinaryIO]]:
+def _members(archive: Path, member_bytes: int, total_bytes: int) -> Iterator[tuple[tarfile.TarInfo, gzip.GzipFile]]:
     """Each member and the unpacked archive. Ends only after the checksum at the archive's end has been found right."""
     most = min(total_bytes, MOST_EXPANSION * (archive.stat().st_size + BLOCK))
     with (
@@ -155,7 +156,7 @@ def _damage(archive: Path, how: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _write(archive: Path, source: BinaryIO, size: int, path: Path) -> None:
+def _write(archive: Path, source: io.BufferedIOBase, size: int, path: Path) -> None:
     """The next `size` bytes of the archive."""
     with _refusing_damage(archive), _naming(path), open(path, "xb") as file:
         while size:
