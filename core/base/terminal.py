@@ -35,7 +35,7 @@ def one_line(text: str) -> str:
     return f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
 
 
-def reason_of(error: BaseException) -> str:
+def reason_of(error: BaseException | str) -> str:
     """What an exception says, on one line of at most 300 characters; its type where it says nothing."""
     return one_line(str(error))[:300] or type(error).__name__
 
