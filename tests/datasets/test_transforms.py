@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from scipy.stats import ks_2samp
 
 from datasets import transforms
 from datasets.images.decode import ImageFile
@@ -363,6 +362,8 @@ def published_boxes(n: int, height: int, width: int) -> tuple[np.ndarray, int]:
 
 @pytest.mark.parametrize(("height", "width"), [(1000, 1000), (600, 900), (900, 300)])
 def test_sizes_are_distributed_as_published(height, width):
+    from scipy.stats import ks_2samp  # takes as long to load as all other imports of a test file
+
     n = 6000
     got = draws(n, height, width)
     sizes = np.array([d.box[2:] for d in got if d.box is not None])

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.io
 
 from core.base.locks import InUse, folder_lock
 from evaler.extraction import join as joining
@@ -302,6 +301,8 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_exports_are_read_by_scipy_and_numpy_and_are_the_same_again(tmp_path):
+    import scipy.io  # slow to load
+
     whole = Features(NAMES, unit(11), np.ones((11, 2), np.int32), Provenance())
     save(tmp_path, "images", whole)
     mat, npz = export(tmp_path, "images", ["mat", "npz"])
