@@ -126,6 +126,7 @@ class CurricularFaceHead(ArcFaceHead):
 
     def __init__(self, dim: int, num_classes: int, *, scale: float, margin: float, sharded: tuple[int, int] = (0, 1)):
         super().__init__(dim, num_classes, scale=scale, margin=margin, sharded=sharded)
+        self.t: Tensor
         self.register_buffer("t", torch.zeros(1))
 
     def target(self, cos_y: Tensor) -> tuple[Tensor, Tensor]:

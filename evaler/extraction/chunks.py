@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,7 +105,7 @@ def read_plan(folder: Path) -> Plan:
     """Raises `FeaturesError` for a folder whose plan is absent, no plan, or not the one the folder is named for."""
     path = folder / "plan.json"
     try:
-        content = parse(read_bytes(path, MOST_HEADER_BYTES))
+        content: Any = parse(read_bytes(path, MOST_HEADER_BYTES))
         plan = Plan(**content | {"provenance": Provenance.from_json(content["provenance"])})
         fitting = _is_plan(plan) and folder.name == plan.folder(folder.parent).name
     except FileNotFoundError:
@@ -229,7 +230,7 @@ def aside_path(folder: Path, number: int) -> Path:
 
 def _header(path: Path, plan: Plan, number: int, line: bytes) -> dict:
     try:
-        header = parse(line)
+        header: Any = parse(line)
         found = header["format"], header["plan"], header["chunk"]
     except (ValueError, TypeError, KeyError):
         raise FeaturesError(f"{path}: not a chunk of descriptors; delete it and run the extraction again") from None

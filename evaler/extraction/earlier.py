@@ -27,8 +27,8 @@ class Earlier:
 
     def __init__(self, parent: Path, plan: Plan, *, dim: int, wanted: set[str]) -> None:
         """wanted: the names that will be asked for; the rest is not held."""
-        self._sources = [*_complete(parent, plan), *_unfinished(parent, plan)]
-        self._sources = [source for source in self._sources if source.hold(wanted, dim)]
+        sources = [*_complete(parent, plan), *_unfinished(parent, plan)]
+        self._sources = [source for source in sources if source.hold(wanted, dim)]
 
     def same(
         self,
@@ -195,6 +195,7 @@ def superseded(parent: Path, plan: Plan, names: Sequence[str]) -> list[Path]:
 
 def _all_there(part: Features, rows: range, row: dict[str, int], records: np.ndarray) -> bool:
     """Whether a list (name -> row of its records) has all that is described in a chunk, made of the same bytes."""
+    assert part.records is not None, "a chunk has them"
     described = np.delete(part.records, [entry.index - rows.start for entry in part.rejected], axis=0)
     there = [row.get(name, -1) for name in part.names]
     return -1 not in there and bool((records[there, :IDENTITY_BYTES] == described[:, :IDENTITY_BYTES]).all())

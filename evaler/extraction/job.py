@@ -192,7 +192,7 @@ class Job:
                 same = earlier.same(rows, self.images.names[rows.start : rows.stop], self.identities, self._may_be_used)
                 taken += len(same)
                 if len(same) == len(rows):
-                    self._write(number, self._content(rows, [], same, counter), stack)
+                    self._write(number, self._content(rows, iter(()), same, counter), stack)
                 else:
                     held[number] = same
             if taken:
@@ -297,7 +297,7 @@ class Job:
                     yield item
 
         for group in by_size(usable(), self.limits, batch_size=self.plan.provenance.batch_size or 1):
-            pixels = torch.stack([picture.pixels for picture in group])
+            pixels = torch.stack([torch.as_tensor(picture.pixels) for picture in group])
             found = describe_batch(
                 self.network, pixels, scales=self.limits.scales, max_pixels=self.limits.max_level_pixels
             )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
 
 class Decides(Enum):
@@ -64,9 +65,10 @@ class Provenance:
     @classmethod
     def from_json(cls, record: Mapping[str, object]) -> "Provenance":
         """Of the object in a file; nothing of it is lost."""
-        known = {key: value for key, value in record.items() if key in _SETTINGS and _fits(key, value)}
+        fitting = {key: value for key, value in record.items() if key in _SETTINGS and _fits(key, value)}
+        known: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fitting.items()}
         other = {key: value for key, value in record.items() if key not in known}
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in known.items()}, other=other)
+        return cls(**known, other=other)
 
     def to_json(self) -> dict[str, object]:
         """The object in a file, sorted by key."""

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from yacs.config import CfgNode
@@ -45,7 +46,6 @@ def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> t
     names, limits = [str(path) for path in paths], limits_of(cfg)
     images = ImageList(names, LooseFiles("", names))
     pictures = Pictures(images, limits, on_gpu=nvjpeg() if cfg.INFER.GPU_JPEG else None)
-    sizes = {"scales": limits.scales, "max_pixels": limits.max_level_pixels}
     found, broken = [np.empty((0, features.vectors.shape[1]), np.float32)], {}
     for index, path in enumerate(paths):
         try:
@@ -53,7 +53,7 @@ def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> t
         except ImageError as error:
             broken[path] = str(error)
             continue
-        found.append(describe_batch(network, pixels, **sizes))
+        found.append(describe_batch(network, pixels, scales=limits.scales, max_pixels=limits.max_level_pixels))
     vectors = np.concatenate(found)
     check_lengths(vectors, [str(path) for path in paths if path not in broken])
     return vectors, broken
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         scores, found = top_k(queries, features.vectors, args.top)
     else:
         scores, found = faiss_index.search(index, queries, args.top)
-    results = []
+    results: list[dict[str, Any]] = []
     for path, of_one, at in zip(asked, scores, found, strict=True):
         hits = [
             {"name": features.names[i], "score": round(float(score), 6)}

@@ -32,11 +32,12 @@ def load_network(provenance: Provenance, *, weights: str = "", device: str = "cp
     paths = [path for path in places if sha256_file(path) == provenance.weights_sha256]
     if not paths:
         raise AttentionError(f"{places[-1]}: not the weights the set was described with (sha256)")
-    if provenance.fusion == "global":
-        raise AttentionError(f"{paths[0]}: a global-only network has no local branch")
     recorded = {"RESNET.STRIDE_1X1": provenance.stride_1x1, "BN.EPS": provenance.bn_eps}
     settings = [str(part) for pair in recorded.items() if pair[1] is not None for part in pair]
-    return load_file(paths[0], device, settings).plain
+    network = load_file(paths[0], device, settings).plain
+    if network.localmodel is None:
+        raise AttentionError(f"{paths[0]}: a global-only network has no local branch")
+    return network
 
 
 def attention_of(network: DOLG, images: ImageList, index: int, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -49,6 +50,7 @@ def attention_of(network: DOLG, images: ImageList, index: int, *, max_pixels: in
 def attention_map(network: DOLG, image: np.ndarray) -> np.ndarray:
     """uint8 [H, W, 3] BGR -> the attention of the local branch (DOLG section 3.2), float32 [H / 16, W / 16], upwards
     rounded: by how much each local descriptor counts."""
+    assert network.localmodel is not None  # `load_network` gives no other
     like = next(network.parameters())
     f3, _ = network.globalmodel(torch.from_numpy(preprocess(image, 1.0))[None].to(like))
     _, attention = network.localmodel(f3)

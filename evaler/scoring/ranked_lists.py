@@ -50,9 +50,9 @@ def revisited_lists(
         rows = zip(found[number].tolist(), scores[number].tolist(), strict=True)
         shown = [(image, score, label_of.get(image, "negative")) for image, score in rows]
         ranks = {}
-        for setting, (right, ignored) in SETTINGS.items():
-            right, ignored = (np.sort(standing.ranks[np.isin(kinds, names)]) for names in (right, ignored))
-            ranks[setting] = without_junk(right, ignored).tolist()
+        for setting, labels in SETTINGS.items():
+            good, ignored = (np.sort(standing.ranks[np.isin(kinds, names)]) for names in labels)
+            ranks[setting] = without_junk(good, ignored).tolist()
         placed = zip(images.tolist(), standing.ranks.tolist(), kinds.tolist(), strict=True)
         right = [row for row in placed if row[2] != "junk"]
         of_query = {setting: aps[setting][number] for setting in SETTINGS}

@@ -237,4 +237,4 @@ def _percent(fraction: float) -> float | None:
 
 
 def _cropped(provenance: Provenance) -> str:
-    return {True: " (cropped)", False: " (not cropped)"}.get(provenance.crop_query, "")
+    return {True: " (cropped)", False: " (not cropped)", None: ""}[provenance.crop_query]

@@ -86,7 +86,7 @@ class Score:
         if isinstance(record, dict) and "query_names" not in record and {"task", "recall@1"} & record.keys():
             raise ScoreError(f"{source}: not a score with the values of each query (an older version); score again")
         names = _names(record)
-        if names is None or not _is_score(record, names):
+        if not isinstance(record, dict) or names is None or not _is_score(record, names):
             raise ScoreError(f"{source}: not a score of evaler/evaluate*.py, or one of an older version; score again")
         known = {"unit", "dataset", "provenance", "query_names", "ground_truth_sha256", "card", "protocol", "metric"}
         return cls(
@@ -140,5 +140,6 @@ def _is_score(record: dict, names: Mapping[str, str]) -> bool:
 
 def _are_values(values: object, count: int) -> bool:
     of_query = values.get("aps") if isinstance(values, dict) else None
-    fits = isinstance(of_query, list) and len(of_query) == count
-    return fits and all(value is None or (type(value) in (int, float) and 0 <= value <= 100) for value in of_query)
+    if not isinstance(of_query, list) or len(of_query) != count:
+        return False
+    return all(value is None or (type(value) in (int, float) and 0 <= value <= 100) for value in of_query)

@@ -138,9 +138,9 @@ class _Room:
         return known
 
 
-def _fill(storage: Tensor, file: BinaryIO) -> None:
-    """Read all of a storage's bytes."""
-    target = memoryview(storage.view(torch.uint8).numpy()) if len(storage) else memoryview(b"")
+def _fill(storage: Tensor, file: Any) -> None:
+    """Read all of a storage's bytes; `file` has `readinto`."""
+    target = storage.view(torch.uint8).numpy().data if len(storage) else memoryview(b"")
     while target:
         got = file.readinto(target[:BLOCK])
         if not got:
@@ -159,15 +159,15 @@ def _read_archive(file: BinaryIO) -> tuple[Any, str | None]:
         _check_entries(entries, parts, size)
         if not any(entry.CRC for entry in entries):  # switched off when it was written: set_crc32_options
             for entry in entries:
-                entry.CRC = None
+                entry.CRC = None  # type: ignore[assignment]  # zipfile then checks none
         room = _Room(size)
         pickle = WeightPickle(room.storage)
         content = pickle.read(io.BytesIO(archive.read(parts["data.pkl"])))
         if parts.get("byteorder") and archive.read(parts["byteorder"]) != b"little":
             raise WeightPickleError("written on a big-endian machine, which is not read here")
         for name, storage in room.storages.items():
-            entry = parts.get(f"data/{name}")
-            if entry is None or entry.file_size != len(storage) * storage.dtype.itemsize:
+            data = parts.get(f"data/{name}")
+            if data is None or data.file_size != len(storage) * storage.dtype.itemsize:
                 raise WeightPickleError(f"damaged: the data of tensor {name[:40]!r} are absent or of another size")
         for name, entry in parts.items():
             with archive.open(entry) as part:  # which holds what it reads against the checksum
@@ -220,13 +220,15 @@ class _Pickles:
 def _read_legacy(file: BinaryIO) -> tuple[Any, str | None]:
     size = os.fstat(file.fileno()).st_size
     room = _Room(size)
-    pickled = _Pickles(file)
+    pickled: Any = _Pickles(file)  # as much of a file as pickletools uses
 
     def read(pickle: WeightPickle) -> Any:
         return pickle.read(pickled)
 
     plain = _Room(0).storage
-    file.seek(LEGACY.match(file.read(64)).end())
+    beginning = LEGACY.match(file.read(64))
+    assert beginning is not None, "another kind of file"
+    file.seek(beginning.end())
     _, system = read(WeightPickle(plain)), read(WeightPickle(plain))
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise WeightPickleError("damaged, or written on a big-endian machine")

@@ -106,7 +106,7 @@ def drift(cfg: CfgNode, *, most: int | None = None, compiled: bool = False) -> l
             vectors = {collection: found[0] for collection, found in described.items()}
             first = first or vectors
             distances = np.concatenate([_distances(vectors[key], first[key]) for key in vectors])
-            scores = ()
+            scores: tuple[float, ...] = ()
             if truth is not None:
                 found = protocol.evaluate(vectors["queries"], vectors["database"], truth, (1,))
                 scores = tuple(100 * float(found[setting]["mAP"]) for setting in protocol.SETTINGS)
@@ -139,7 +139,7 @@ def _described(
 
     pictures = Pictures(images, limits_of(cfg), on_gpu=nvjpeg() if variant.gpu_jpeg else None)
     for index in range(min(len(images), most or len(images))):
-        image = pictures.picture(index).pixels.cpu().numpy()
+        image = torch.as_tensor(pictures.picture(index).pixels).cpu().numpy()
         group = waiting.setdefault(image.shape, [])
         group.append((index, image))
         if len(group) == variant.batch_size:
@@ -155,13 +155,14 @@ def _describe(network: nn.Module, variant: Variant, pixels: np.ndarray, scales: 
         return describe_batch(network, pixels, scales=scales)
     (image,) = pixels
     device = next(network.parameters()).device
-    sum_ = sum(F.normalize(network(_level(image, variant, scale).to(device))) for scale in scales)
+    levels = [_level(image, variant.resize, scale).to(device) for scale in scales]
+    sum_ = sum((F.normalize(network(level)) for level in levels), torch.zeros(()))
     return F.normalize(sum_).cpu().numpy()
 
 
-def _level(image: np.ndarray, variant: Variant, scale: float) -> Tensor:
+def _level(image: np.ndarray, resize: Callable[..., np.ndarray], scale: float) -> Tensor:
     size = scaled_size(image.shape[1], image.shape[0], scale)
-    return torch.from_numpy(normalise(variant.resize(image, *size).astype(np.float32)))[None]
+    return torch.from_numpy(normalise(resize(image, *size).astype(np.float32)))[None]
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from core.base.files import sha256_file
 from core.base.version import ROOT
 from datasets.images.decode import decode
 from evaler.extraction import command as extract
+from evaler.features.provenance import Provenance
 from evaler.features.store import load
 from evaler.pages import report_page
-from evaler.pages.attention_maps import attention_map, load_network
+from evaler.pages.attention_maps import AttentionError, attention_map, load_network
 from evaler.pages.content import spread
 from evaler.pages.report_page import main, without_places
 from evaler.pages.thumbnails import heat, reduced
@@ -118,6 +120,12 @@ def test_the_attention_is_that_of_the_run_s_network(runs):
     assert all(of_run[1] is None for of_run in shown)
     assert content["notes"] == ["no attention maps: two.pyth: a global-only network has no local branch"]
     assert len(content["table"]["rows"][1]["values"]) == 2 and content["table"]["rows"][1]["difference"]["queries"] == 4
+
+
+def test_no_local_branch_is_said_also_where_the_provenance_does_not_tell(tmp_path):
+    path = write_weights(tmp_path / "w.pyth", MODELS["global"])
+    with pytest.raises(AttentionError, match="no local branch"):
+        load_network(Provenance(weights=str(path), weights_sha256=sha256_file(path)))
 
 
 def test_a_map_of_attention_as_a_picture():
