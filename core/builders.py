@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ from model.margin import build_head
 from model.resnet import ResNet
 from model.weights.loading import better_state, load_initial, load_strict, normalise_names, read_checkpoint
 
+B = TypeVar("B", TrainBatches, TestBatches)
 # Its name changed in torch 2.13.
 _ddp_arguments = inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _ddp_arguments else "broadcast_buffers"
@@ -113,7 +115,7 @@ def _load_weights(cfg: CfgNode, model: DOLG, path: Path, load: Callable[..., lis
     return notes + check_saved_settings(content.get("cfg"), cfg, path)
 
 
-def build_train_loader(cfg: CfgNode) -> ImageLoader:
+def build_train_loader(cfg: CfgNode) -> ImageLoader[LandmarkDataset, TrainBatches]:
     """This process's share of TRAIN.DATASET's batches."""
     transform = FastTrainTransform if cfg.DATA_LOADER.MODE == "fast" else TrainTransform
     root = Path(cfg.DATA_LOADER.DATA_DIR) / cfg.TRAIN.DATASET
@@ -137,7 +139,7 @@ def build_train_loader(cfg: CfgNode) -> ImageLoader:
     return _loader(cfg, dataset, batches)
 
 
-def build_test_loader(cfg: CfgNode) -> ImageLoader | None:
+def build_test_loader(cfg: CfgNode) -> ImageLoader[LandmarkDataset, TestBatches] | None:
     """This process's share of the validation list, None if TEST.SPLIT is empty."""
     if not cfg.TEST.SPLIT:
         return None
@@ -154,7 +156,7 @@ def build_test_loader(cfg: CfgNode) -> ImageLoader | None:
     return _loader(cfg, dataset, batches)
 
 
-def _loader(cfg: CfgNode, dataset: LandmarkDataset, batches: TrainBatches | TestBatches) -> ImageLoader:
+def _loader(cfg: CfgNode, dataset: LandmarkDataset, batches: B) -> ImageLoader[LandmarkDataset, B]:
     pin_memory = cfg.DATA_LOADER.PIN_MEMORY and cfg.NUM_GPUS > 0
     workers, timeout = cfg.DATA_LOADER.NUM_WORKERS, cfg.DATA_LOADER.TIMEOUT
     return make_loader(dataset, batches, workers=workers, pin_memory=pin_memory, timeout=timeout)
@@ -210,21 +212,23 @@ def build_optimizer(cfg: CfgNode, model: Classifier) -> Optimizer:
 
 def build_step(cfg: CfgNode, model: Classifier, optimizer: Optimizer) -> TrainStep:
     """One update, over all processes of the run."""
-    network, sharded = model, cfg.MODEL.HEADS.SHARDED and world_size() > 1
+    network: nn.Module = model
+    sharded = cfg.MODEL.HEADS.SHARDED and world_size() > 1
     if world_size() > 1:
         if sharded:  # every process has other rows of this one: nothing to average
-            network._ddp_params_and_buffers_to_ignore = ["desc_cls.weight"]
+            vars(network)["_ddp_params_and_buffers_to_ignore"] = ["desc_cls.weight"]
+        # Running statistics of the others are never used: what is evaluated is set by the first process.
+        unsynchronised: dict[str, Any] = {_SYNC_BUFFERS: False}
         device = next(model.parameters()).device
         network = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            # Running statistics of the others are never used: what is evaluated is set by the first process.
-            **{_SYNC_BUFFERS: False},
+            **unsynchronised,
             gradient_as_bucket_view=True,
             static_graph=cfg.TRAIN.ACCUM_STEPS == 1 and not cfg.TRAIN.COMPILE,
         )
     if cfg.TRAIN.COMPILE:
-        network = torch.compile(network)
+        network = cast(nn.Module, torch.compile(network))
     return TrainStep(
         network,
         optimizer,

@@ -215,12 +215,12 @@ def load_cfg(path: str | os.PathLike | None, overrides: list[str] | tuple[str, .
 def is_known(key: str) -> bool:
     """Whether a dotted name is a setting, or a key of old YAML files that is accepted and ignored."""
     value = find(_C, key)
-    return not (value is None or isinstance(value, CfgNode)) or is_ignored(key)
+    return not (value is None or isinstance(value, CfgNode)) or bool(is_ignored(key))
 
 
 def is_section(name: str) -> bool:
     """Whether keys may begin with this name: TRAIN, OPTIM, ..."""
-    return isinstance(find(_C, name), CfgNode) or is_ignored(name)
+    return isinstance(find(_C, name), CfgNode) or bool(is_ignored(name))
 
 
 def nearest(key: str) -> str:

@@ -1,7 +1,7 @@
 """The optimiser: SGD or AdamW over the parameters that are trained, in groups with their own rate and decay."""
 
 import inspect
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def parameter_groups(
     of_bn = {id(p) for m in model.modules() if isinstance(m, BATCH_NORM) for p in m.parameters(recurse=False)}
     of_head = {id(p) for p in head.parameters()} if head is not None else set()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = []
+    groups: list[dict[str, Any]] = []
     if bn_weight_decay is not None:
         groups.append({"params": [(n, p) for n, p in trained if id(p) in of_bn], "weight_decay": bn_weight_decay})
         trained = [(n, p) for n, p in trained if id(p) not in of_bn]
@@ -52,9 +52,16 @@ def parameter_groups(
 
 def build_sgd(
     groups: list[dict], *, lr: float, momentum: float, dampening: float, nesterov: bool, weight_decay: float
-) -> SGD:
-    settings = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "weight_decay": weight_decay}
-    optimizer = SGD(groups, lr=lr, **settings, fused=True)
+) -> torch.optim.SGD:
+    optimizer = SGD(
+        groups,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        fused=True,
+    )
     if momentum:
         # Left to itself the fused kernel allocates momentum without setting it, and fills it in the first step. Where
         # that step is left out on the device (a float16 overflow, say), the next takes what the memory held.
@@ -66,7 +73,7 @@ def build_sgd(
     return optimizer
 
 
-def _begin_undamped(optimizer: SGD, dampening: float) -> None:
+def _begin_undamped(optimizer: Optimizer, dampening: float) -> None:
     """Let the first step that counts take the gradient whole, as SGD without a momentum yet does."""
 
     def before_step(*_: object) -> None:
@@ -79,8 +86,8 @@ def _begin_undamped(optimizer: SGD, dampening: float) -> None:
     hook = optimizer.register_step_pre_hook(before_step)
 
 
-def build_adamw(groups: list[dict], *, lr: float, betas: list[float], weight_decay: float) -> AdamW:
-    return AdamW(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+def build_adamw(groups: list[dict], *, lr: float, betas: list[float], weight_decay: float) -> torch.optim.AdamW:
+    return AdamW(groups, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -84,7 +84,7 @@ def load(cfg: CfgNode, device: torch.device | str) -> Network:
     """
     plain = build_descriptor(cfg)
     path, notes = load_tested_weights(cfg, plain)
-    plain = plain.to(device, memory_format=torch.channels_last).eval()
+    plain.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # torch's stub lacks it
     return Network(cfg, plain, torch.device(device), path, tuple(notes))
 
 
@@ -101,7 +101,7 @@ def load_file(weights: str | os.PathLike, device: torch.device | str, settings: 
 def settings_of(path: str | os.PathLike) -> list[str]:
     """KEY VALUE ... that build the network of a weight file. Raises `WeightsError`."""
     content = read_checkpoint(path)
-    found = {"RESNET.STRIDE_1X1": False}  # as in every published file
+    found: dict[str, object] = {"RESNET.STRIDE_1X1": False}  # as in every published file
     found |= network_settings(read_saved(content.get("cfg"))[0], source=str(path))
     found |= architecture(normalise_names(content, source=str(path)))
     if found.get("MODEL.DEPTH") in BASIC_DEPTHS:
@@ -129,7 +129,7 @@ def without_tf32() -> Iterator[None]:
     For the time of a call, in a process that is not ours. Threads that run convolutions meanwhile get the same.
     """
     cudnn = torch.backends.cudnn
-    operators = [cudnn.conv, cudnn.rnn]
+    operators = [cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined]  # the module replaces itself
     before = [operator.fp32_precision for operator in operators]
     try:
         allowed = cudnn.allow_tf32
