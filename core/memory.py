@@ -168,7 +168,7 @@ def _free_of_groups(root: Path = Path("/")) -> Iterator[int]:
     except OSError:
         return
     for line in lines:
-        number, kinds, own = line.split(":", 2)
+        number, kinds, path = line.split(":", 2)
         if number == "0" and not kinds:
             base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
         elif "memory" in kinds.split(","):
@@ -176,7 +176,7 @@ def _free_of_groups(root: Path = Path("/")) -> Iterator[int]:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         else:
             continue
-        group = base / own.lstrip("/")
+        group = base / path.lstrip("/")
         for folder in (group, *group.parents):
             if folder.is_relative_to(base):
                 yield from _free_of_group(folder, *names)

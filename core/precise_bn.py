@@ -41,8 +41,8 @@ def update_precise_bn(
     in training mode changes (the head's), are left as they were. What `poll` raises before a batch, or `watch` in
     place of one, leaves all of them as they were.
     """
-    found = [m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats and m not in set(leave)]
-    layers: list[_BatchNorm] = [*found]
+    tracking = (m for m in model.modules() if isinstance(m, BATCH_NORM) and m.track_running_stats)
+    layers: list[_BatchNorm] = [m for m in tracking if m not in set(leave)]
     if not layers:
         return
     was_training = model.training

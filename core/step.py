@@ -103,8 +103,8 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         norm, overflow = self._gradient_norm(), self._overflow()
         bad_loss, bad_norm = ~loss.isfinite(), ~norm.isfinite() & ~overflow
-        found = all_reduce_max(torch.stack([(bad_loss | bad_norm).long(), bad_loss.long() * (rank + 1)]))
-        now = torch.stack([found[0] * number, found[1]])
+        faults = all_reduce_max(torch.stack([(bad_loss | bad_norm).long(), bad_loss.long() * (rank + 1)]))
+        now = torch.stack([faults[0] * number, faults[1]])
         self.first_bad = torch.where(self.first_bad[0] > 0, self.first_bad, now)
         if self.clip:
             clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
@@ -137,5 +137,5 @@ class TrainStep:
         common = get_total_norm([p.grad for p in with_gradient if id(p) not in self.sharded], foreach=True)
         if not self.sharded:
             return common
-        own = get_total_norm([p.grad for p in with_gradient if id(p) in self.sharded], foreach=True)
-        return (common.square() + all_reduce_sum(own.square())).sqrt()
+        shard_norm = get_total_norm([p.grad for p in with_gradient if id(p) in self.sharded], foreach=True)
+        return (common.square() + all_reduce_sum(shard_norm.square())).sqrt()

@@ -161,11 +161,11 @@ class Workers:
         )
 
     def _lost(self, worker: int) -> WorkerError:
-        told = self._told_of(worker)
-        if "error" in told:
-            return WorkerError(f"loader workers cannot start: {told['error']}")
-        if "pid" in told:
-            return WorkerError(f"loader worker {worker} (process {told['pid']}) {_how(told['code'])}{_ADVICE}")
+        failure = self._told_of(worker)
+        if "error" in failure:
+            return WorkerError(f"loader workers cannot start: {failure['error']}")
+        if "pid" in failure:
+            return WorkerError(f"loader worker {worker} (process {failure['pid']}) {_how(failure['code'])}{_ADVICE}")
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._parent.wait(TO_END)
         return WorkerError(f"the parent of the loader workers {_how(self._parent.returncode)}{_ADVICE}")

@@ -50,13 +50,13 @@ class Describer:
         pixels = reduce_to_fit(pixels, scales=self.scales, max_pixels=self.max_level_pixels)
         name = "an image" if isinstance(image, np.ndarray) else str(image)
         try:
-            found = describe_batch(self.network, pixels[None], scales=self.scales, max_pixels=self.max_level_pixels)
+            vectors = describe_batch(self.network, pixels[None], scales=self.scales, max_pixels=self.max_level_pixels)
         except ValueError as error:
             if isinstance(image, np.ndarray):
                 raise
             raise ImageError(f"{image}: {error}") from None
-        check_lengths(found, [name])
-        return found[0]
+        check_lengths(vectors, [name])
+        return vectors[0]
 
 
 def load(

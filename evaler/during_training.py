@@ -110,8 +110,8 @@ def _describe_all(
     with contextlib.closing(stream):
         for group in by_size(usable(), limits, batch_size=batch_size_of(cfg, gpu=gpu)):
             pixels = torch.stack([torch.as_tensor(picture.pixels) for picture in group])
-            found = describe_batch(network, pixels, scales=limits.scales, max_pixels=limits.max_level_pixels)
-            vectors |= zip((picture.index for picture in group), found, strict=True)
+            described = describe_batch(network, pixels, scales=limits.scales, max_pixels=limits.max_level_pixels)
+            vectors |= zip((picture.index for picture in group), described, strict=True)
     poll()
     poll()
     everywhere = {index: vector for share in gather_objects(vectors) for index, vector in share.items()}

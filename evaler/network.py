@@ -101,12 +101,12 @@ def load_file(weights: str | os.PathLike, device: torch.device | str, settings: 
 def settings_of(path: str | os.PathLike) -> list[str]:
     """KEY VALUE ... that build the network of a weight file. Raises `WeightsError`."""
     content = read_checkpoint(path)
-    found: dict[str, object] = {"RESNET.STRIDE_1X1": False}  # as in every published file
-    found |= network_settings(read_saved(content.get("cfg"))[0], source=str(path))
-    found |= architecture(normalise_names(content, source=str(path)))
-    if found.get("MODEL.DEPTH") in BASIC_DEPTHS:
-        found |= {"RESNET.TRANS_FUN": "basic_transform", "MODEL.S3_DIM": 256, "MODEL.S4_DIM": 512}
-    return [str(part) for setting in found.items() for part in setting]
+    settings: dict[str, object] = {"RESNET.STRIDE_1X1": False}  # as in every published file
+    settings |= network_settings(read_saved(content.get("cfg"))[0], source=str(path))
+    settings |= architecture(normalise_names(content, source=str(path)))
+    if settings.get("MODEL.DEPTH") in BASIC_DEPTHS:
+        settings |= {"RESNET.TRANS_FUN": "basic_transform", "MODEL.S3_DIM": 256, "MODEL.S4_DIM": 512}
+    return [str(part) for setting in settings.items() for part in setting]
 
 
 def batch_size_of(cfg: CfgNode, *, gpu: bool) -> int:

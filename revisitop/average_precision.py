@@ -26,10 +26,10 @@ def average_precision(ranks: np.ndarray, positives: int) -> float:
     ranks: of the positives that were found, ascending, junk taken out. positives: how many there are to find; those
     that were not found count with precision 0.
     """
-    found = np.arange(len(ranks))
+    positives_above = np.arange(len(ranks))
     # The precision just before a positive is 1 where nothing was returned before it.
-    before = np.where(ranks > 0, found / np.maximum(ranks, 1), 1.0)
-    at = (found + 1) / (ranks + 1)
+    before = np.where(ranks > 0, positives_above / np.maximum(ranks, 1), 1.0)
+    at = (positives_above + 1) / (ranks + 1)
     return float((before + at).sum() / (2 * positives))
 
 

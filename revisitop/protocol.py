@@ -44,16 +44,16 @@ def evaluate(
     Raises ProtocolError as `rank_labelled` does.
     """
     labels = _labels(ground_truth)
-    found = rank_labelled(queries, database, ground_truth, first=first)
+    ranked = rank_labelled(queries, database, ground_truth, first=first)
     kinds = [np.repeat(LABELS, [len(query[label]) for label in LABELS]) for query in labels]
     result = {}
     for setting, (good, bad) in SETTINGS.items():
         positives, junk = ([np.isin(kind, names) for kind in kinds] for names in (good, bad))
         ranks, ignored = (
-            [standing.ranks[which] for standing, which in zip(found, part, strict=True)] for part in (positives, junk)
+            [standing.ranks[which] for standing, which in zip(ranked, part, strict=True)] for part in (positives, junk)
         )
         mean, aps, precisions, _ = mean_over_queries(ranks, ignored, [len(found_) for found_ in ranks], kappas)
-        bracket = _bracket(found, positives, junk)
+        bracket = _bracket(ranked, positives, junk)
         result[setting] = {"mAP": mean, "mP@k": precisions.tolist(), "aps": aps, "mAP_bracket": bracket}
     return result
 
@@ -81,10 +81,10 @@ def rank_labelled(
                 raise ProtocolError(f"query {index}: {label} holds an index outside the {count} database images")
 
     labelled = [np.concatenate(list(query.values())) for query in labels]
-    found = standings(queries, database, labelled)
+    ranked = standings(queries, database, labelled)
     if first is None:
-        return found
-    return [_reordered(*of_one) for of_one in zip(found, labelled, first, strict=True)]
+        return ranked
+    return [_reordered(*of_one) for of_one in zip(ranked, labelled, first, strict=True)]
 
 
 def _reordered(standing: Standing, images: np.ndarray, first: np.ndarray) -> Standing:
@@ -97,13 +97,13 @@ def _reordered(standing: Standing, images: np.ndarray, first: np.ndarray) -> Sta
     return Standing(ranks, np.zeros_like(ranks), np.ones_like(ranks))
 
 
-def _bracket(found: Sequence[Standing], good: Sequence[np.ndarray], bad: Sequence[np.ndarray]) -> list[float]:
+def _bracket(ranked: Sequence[Standing], good: Sequence[np.ndarray], bad: Sequence[np.ndarray]) -> list[float]:
     """The least and the largest mAP that an order of equal scores can give: negatives first, or positives first.
 
     found: of all labelled images of each query; good, bad: which of them are positives and junk, boolean [W].
     """
     aps: list[tuple[float, float]] = []
-    for standing, positive, junk in zip(found, good, bad, strict=True):
+    for standing, positive, junk in zip(ranked, good, bad, strict=True):
         if not positive.any():
             continue
         # An index given twice is one image, which its rank tells. The fewer above, the higher the score.

@@ -43,20 +43,22 @@ def standings(
 
     def gather(slices: Iterator[slice]) -> dict[int, np.ndarray]:
         # In the same chunks as later: what makes descriptors as it goes may round a row alone in another way.
-        found: dict[int, np.ndarray] = {}
+        chunks_readread: dict[int, np.ndarray] = {}
         for rows in slices:
             inside = all_wanted[slice(*np.searchsorted(all_wanted, (rows.start, rows.stop)))]
             if len(inside):
-                found.update(zip(inside.tolist(), np.asarray(database[rows])[inside - rows.start], strict=True))
-        return found
+                chunks_readread.update(
+                    zip(inside.tolist(), np.asarray(database[rows])[inside - rows.start], strict=True)
+                )
+        return chunks_readread
 
     def count_chunks(slices: Iterator[slice]) -> list[_Query]:
-        found = [_Query(*query) for query in zip(queries, scores, wanted, strict=True)]
+        chunks_readers = [_Query(*query) for query in zip(queries, scores, wanted, strict=True)]
         for rows in slices:
             chunk = np.asarray(database[rows])
-            for query, near, margin in zip(found, *near_scores(queries, chunk, rows.start), strict=True):
+            for query, near, margin in zip(chunks_readers, *near_scores(queries, chunk, rows.start), strict=True):
                 query.count(rows.start, chunk, near, margin)
-        return found
+        return chunks_readers
 
     with tqdm(desc="ranking", total=count, unit="image", unit_scale=True, leave=False, delay=1) as bar:
         row_of: dict[int, np.ndarray] = {}

@@ -155,9 +155,9 @@ def _complete(url: str, part: BinaryIO, path: Path, sha256: str | None) -> None:
     have = os.fstat(part.fileno()).st_size
     if origin.size is not None and have != origin.size:
         raise DownloadError(f"{url}: the connection ended after {have} of {origin.size} bytes; run again to go on")
-    if sha256 is not None and (found := sha256_file(_part(path))) != sha256:
+    if sha256 is not None and (digest := sha256_file(_part(path))) != sha256:
         part.truncate(0)
-        raise DownloadError(f"{url}: the sha256 is {found}, not {sha256}; nothing is kept")
+        raise DownloadError(f"{url}: the sha256 is {digest}, not {sha256}; nothing is kept")
     os.replace(_part(path), path)
     _memo(path).unlink(missing_ok=True)
     if sha256 is None:

@@ -24,7 +24,7 @@ BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE: what a shell gives for a program t
 
 def printable(text: str) -> str:
     """`text` with every control character as its escape, e.g. `\\x1b`."""
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def one_line(text: str) -> str:

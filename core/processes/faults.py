@@ -142,7 +142,7 @@ class Faults:
     def count_broken(self) -> None:
         """List the images that were replaced."""
         listed = self.position.broken
-        new = [message for found in gather_objects(self.broken) for message in found]
+        new = [message for messages in gather_objects(self.broken) for message in messages]
         self.broken = []
         for message in dict.fromkeys(new):
             if message not in listed:
@@ -166,7 +166,7 @@ class Faults:
         guilty = process - 1 if process else None
         mine = next((indices for number, indices in self.recent if number == update), [])
         paths = [self.dataset.path(index) for index in mine] if guilty in (None, rank()) else []
-        images = ", ".join(path for found in gather_objects(paths) for path in found)
+        images = ", ".join(path for names in gather_objects(paths) for path in names)
         epoch, iteration = divmod(update - 1, iterations)
         what = "gradient" if guilty is None else f"loss of process {guilty}"
         raise FloatingPointError(

@@ -175,22 +175,22 @@ def told_once() -> Iterator[None]:
     except Exception as error:
         code, line = ending(error) or (None, "")
         if code == USER_ERROR_EXIT_CODE:
-            own = f"{uuid.uuid4().hex} {line}"
-            if _mistake(own) not in (None, own):
+            mine = f"{uuid.uuid4().hex} {line}"
+            if _mistake(mine) not in (None, mine):
                 sys.exit(code)
         elif _mistake():  # the connections to a process that has made one break
             sys.exit(USER_ERROR_EXIT_CODE)
         raise
 
 
-def _mistake(own: str = "") -> str | None:
+def _mistake(mine: str = "") -> str | None:
     """What has been told, by way of the store; `own` if nothing has. None where there is none, or no store any more."""
     store = _store
     if store is None:
         return None
     try:
-        if own:
-            return _answer(lambda: store.compare_set(MISTAKE, "", own)).decode()
+        if mine:
+            return _answer(lambda: store.compare_set(MISTAKE, "", mine)).decode()
         return _answer(lambda: store.get(MISTAKE) if store.check([MISTAKE]) else b"").decode() or None
     except (RuntimeError, TimeoutError):  # the process that held it has ended, or cannot be reached
         return None

@@ -243,5 +243,5 @@ def read_file(path: str | os.PathLike) -> bytes:
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def too_many_bytes(found: int) -> str:
-    return f"{found} bytes, more than {MAX_BYTES} (mend: compress it, or make it smaller)"
+def too_many_bytes(size: int) -> str:
+    return f"{size} bytes, more than {MAX_BYTES} (mend: compress it, or make it smaller)"

@@ -88,7 +88,7 @@ def _rows(size: Size, bits: int, *, interlaced: bool) -> list[tuple[int, int]]:
 
 def _check_pixels(parts: list[memoryview], passes: list[tuple[int, int]]) -> None:
     """Decompress without keeping: the right number of bytes, the right checksum, known filters."""
-    expected, found = sum(rows * stride for rows, stride in passes), 0
+    expected, inflated = sum(rows * stride for rows, stride in passes), 0
     check_decompressed(expected)
     inflate = zlib.decompressobj()
     waiting: memoryview | bytes
@@ -100,14 +100,14 @@ def _check_pixels(parts: list[memoryview], passes: list[tuple[int, int]]) -> Non
                     block = inflate.decompress(waiting, 4 * _BLOCK)
                     if len(passes) == 1:
                         stride = passes[0][1]
-                        if max(block[-found % stride :: stride], default=0) > 4:
+                        if max(block[-inflated % stride :: stride], default=0) > 4:
                             raise ImageError("damaged PNG (unknown filter)")
-                    found += len(block)
-                    if found > expected:
+                    inflated += len(block)
+                    if inflated > expected:
                         raise ImageError("damaged PNG (more pixels than its header says)")
                     waiting = inflate.unconsumed_tail
                     more = bool(waiting) or len(block) == 4 * _BLOCK
     except zlib.error as error:
         raise ImageError(f"damaged PNG (its compressed data: {error})") from error
-    if not inflate.eof or found < expected:
+    if not inflate.eof or inflated < expected:
         raise ImageError("truncated or damaged PNG (fewer pixels than its header says)")

@@ -101,18 +101,18 @@ class Tiff:
 
 def _inflates_to(deflated: memoryview, expected: int) -> bool:
     """Whether there are at least so many bytes in it."""
-    inflate, found = zlib.decompressobj(), 0
+    inflate, inflated = zlib.decompressobj(), 0
     waiting: memoryview | bytes
     try:
         for start in range(0, len(deflated), _BLOCK):
             waiting, more = deflated[start : start + _BLOCK], True
-            while more and found < expected and not inflate.eof:
+            while more and inflated < expected and not inflate.eof:
                 block = inflate.decompress(waiting, _BLOCK)
-                found, waiting = found + len(block), inflate.unconsumed_tail
+                inflated, waiting = inflated + len(block), inflate.unconsumed_tail
                 more = bool(waiting) or len(block) == _BLOCK
     except zlib.error:
         return False
-    return found >= expected
+    return inflated >= expected
 
 
 def _first_directory(data: bytes) -> dict[int, Sequence[int]]:

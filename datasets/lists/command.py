@@ -141,7 +141,7 @@ def make_lists(
         raise SourceError("--images goes with --csv; the images of --tree ROOT lie in ROOT")
     exclusions = read_exclusions(exclude) if exclude is not None else None
     listing, root = _source(out, csv, tree, images)
-    found = len(listing.class_names)
+    count = len(listing.class_names)
     listing, excluded = _without_excluded(listing, exclusions)
     listing, missing = _without_missing(listing, root, out, allow_missing)
     new = unseen_classes(listing, share=unseen, seed=seed)
@@ -151,7 +151,7 @@ def make_lists(
     files = list_files(listing, validation, of_unseen, prefix=path_prefix(root, out))
     changed = write_files(out, files, force=force)
     print(
-        f"left out    {excluded} images excluded, {missing} missing, {found - len(listing.class_names)} whole classes"
+        f"left out    {excluded} images excluded, {missing} missing, {count - len(listing.class_names)} whole classes"
     )
     _summarise(listing.keep(~of_unseen), validation[~of_unseen], out)
     if of_unseen.any():

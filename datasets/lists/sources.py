@@ -73,12 +73,12 @@ def read_csv(file: str | os.PathLike) -> Listing:
             if len(row) != len(header):
                 raise SourceError(f"{file}, line {line}: {len(row)} fields, but the header has {len(header)}")
             try:
-                found, label = read_row(*(row[column] for column in columns))
+                values, label = read_row(*(row[column] for column in columns))
             except SourceError as error:
                 raise SourceError(f"{file}, line {line}: {error}") from None
-            paths += found
-            labels += [label] * len(found)
-            lines.extend([line] * len(found))
+            paths += values
+            labels += [label] * len(values)
+            lines.extend([line] * len(values))
     return _listing(str(file), paths, labels, np.array(lines, np.int64), is_gldv2=read_row is not _own_row)
 
 
@@ -113,8 +113,8 @@ def _form(file: str | os.PathLike, header: list[str]) -> tuple[Callable[..., tup
     }
     fitting = [(names, function) for names, function in known.items() if set(names) <= set(header)]
     if len(fitting) != 1 or any(header.count(name) > 1 for name in fitting[0][0]):
-        found = ",".join(header)[:100].encode("ascii", "backslashreplace").decode()
-        raise SourceError(f"{file}, line 1: the columns are {found!r}; expected {FORMS}")
+        columns = ",".join(header)[:100].encode("ascii", "backslashreplace").decode()
+        raise SourceError(f"{file}, line 1: the columns are {columns!r}; expected {FORMS}")
     names, function = fitting[0]
     return function, [header.index(name) for name in names]
 

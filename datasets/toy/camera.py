@@ -175,9 +175,9 @@ def take(rng: np.random.Generator, cards: list[Card], view: View, others: list[l
     low, high = edge.min(0)[0], edge.max(0)[0]
     scene = [(cards, 255)]
     for k, other in enumerate(others):
-        own = np.concatenate([c.corners for c in other])
+        corners = np.concatenate([c.corners for c in other])
         gap = rng.uniform(0.1, 3.0)
-        x = high + gap - own.min(0)[0] if k % 2 else low - gap - own.max(0)[0]
+        x = high + gap - corners.min(0)[0] if k % 2 else low - gap - corners.max(0)[0]
         moved = np.array([x, 0.0, rng.uniform(0, 4.0)])
         scene.append(([Card(c.texture, c.corners + moved, c.upright) for c in other], 0))
     scene.sort(key=lambda item: -float(camera.depth(np.concatenate([c.corners for c in item[0]])).mean()))

@@ -149,9 +149,9 @@ def _known(folder: Path, parameters: dict[str, int]) -> dict[str, dict]:
     if folder.is_dir() and any(folder.iterdir()) and not manifest.exists() and not begun.exists():
         raise DataError(f"{folder} holds files that are not the toy set; name another folder, or empty this one")
     try:
-        found = json.loads(manifest.read_bytes())
-        if found["version"] == VERSION and found["parameters"] == parameters:
-            records = found["images"]
+        recorded = json.loads(manifest.read_bytes())
+        if recorded["version"] == VERSION and recorded["parameters"] == parameters:
+            records = recorded["images"]
             return {
                 path: r
                 for path, r in records.items()

@@ -137,8 +137,8 @@ def plans(parent: str | os.PathLike) -> Iterator[Path]:
 def present(folder: Path, *, aside: bool = False) -> set[int]:
     """The numbers of the chunks that are there, or of those that are set aside."""
     try:
-        found = filter(None, map(_NAME.fullmatch, os.listdir(folder)))
-        return {int(match[1]) for match in found if (match[2] == "changed") == aside}
+        matches = filter(None, map(_NAME.fullmatch, os.listdir(folder)))
+        return {int(match[1]) for match in matches if (match[2] == "changed") == aside}
     except FileNotFoundError:
         return set()
 
@@ -231,10 +231,10 @@ def aside_path(folder: Path, number: int) -> Path:
 def _header(path: Path, plan: Plan, number: int, line: bytes) -> dict:
     try:
         header: Any = parse(line)
-        found = header["format"], header["plan"], header["chunk"]
+        stated = header["format"], header["plan"], header["chunk"]
     except (ValueError, TypeError, KeyError):
         raise FeaturesError(f"{path}: not a chunk of descriptors; delete it and run the extraction again") from None
-    if found != (CHUNK_FORMAT, plan.digest, number):
+    if stated != (CHUNK_FORMAT, plan.digest, number):
         raise FeaturesError(f"{path}: a chunk of another extraction; delete it and run the extraction again")
     if not _is_header(header, plan.rows(number)):
         raise FeaturesError(f"{path}: not a chunk of descriptors; delete it and run the extraction again")

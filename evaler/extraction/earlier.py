@@ -38,12 +38,12 @@ class Earlier:
         fits: Callable[[int, int, int], bool],
     ) -> "dict[int, Descriptor]":
         """Index -> what was made of it. names: of the indices; `fits(index, width, height)`: whether it may be used."""
-        found: dict[int, Descriptor] = {}
+        descriptors: dict[int, Descriptor] = {}
         for source in self._sources:
             asked = [
                 (index, position)
                 for index, name in zip(indices, names, strict=True)
-                if index not in found and (position := source.place.get(name)) is not None
+                if index not in descriptors and (position := source.place.get(name)) is not None
             ]
             if not asked:
                 continue
@@ -52,8 +52,8 @@ class Earlier:
             for (index, position), holds in zip(asked, same.tolist(), strict=True):
                 descriptor = Descriptor(source, position)
                 if holds and fits(index, *descriptor.size):
-                    found[index] = descriptor
-        return found
+                    descriptors[index] = descriptor
+        return descriptors
 
 
 class Descriptor:
@@ -149,7 +149,7 @@ def _complete(parent: Path, plan: Plan) -> Iterable[_Source]:
 
 
 def _unfinished(parent: Path, plan: Plan) -> Iterable[_Source]:
-    own = plan.folder(parent)
+    current = plan.folder(parent)
     for folder in plans(parent):
         if not folder.name.startswith(f"{plan.collection}.chunks-"):
             continue
@@ -161,7 +161,7 @@ def _unfinished(parent: Path, plan: Plan) -> Iterable[_Source]:
             continue
         for aside in (False, True):
             numbers = sorted(number for number in present(folder, aside=aside) if number < other.chunks)
-            if numbers and (aside or folder != own):
+            if numbers and (aside or folder != current):
                 read = functools.partial(_read_part, folder, other, aside)
                 rounded = other.dtype == "float16" and plan.dtype == "float32"
                 yield _Source([(number, other.rows(number).start) for number in numbers], read, but_rounded=rounded)
@@ -177,7 +177,7 @@ def superseded(parent: Path, plan: Plan, names: Sequence[str]) -> list[Path]:
     if records is None:
         return []
     row = {name: index for index, name in enumerate(names)}
-    found = []
+    folders = []
     for folder in plans(parent):
         if folder == plan.folder(parent) or not folder.name.startswith(f"{plan.collection}.chunks-"):
             continue
@@ -187,10 +187,10 @@ def superseded(parent: Path, plan: Plan, names: Sequence[str]) -> list[Path]:
             if not numbers or not made_alike(other.provenance, plan) or plan.dtype not in (other.dtype, "float32"):
                 continue
             if all(_all_there(read_chunk(folder, other, n), other.rows(n), row, records) for n in numbers):
-                found.append(folder)
+                folders.append(folder)
         except FeaturesError:
             continue
-    return found
+    return folders
 
 
 def _all_there(part: Features, rows: range, row: dict[str, int], records: np.ndarray) -> bool:

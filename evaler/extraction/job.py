@@ -106,16 +106,16 @@ class Job:
     def is_joined(self) -> bool:
         """Whether the manifest of a complete collection is there, one of these very images in this very way."""
         try:
-            found = read_manifest(self.parent, self.plan.collection)
+            manifest = read_manifest(self.parent, self.plan.collection)
             status = feature_path(self.parent, self.plan.collection).stat()
         except (FeaturesError, OSError):
             return False
-        differing = found["provenance"].differing(self.plan.provenance, Purpose.SAME_COLLECTION)
-        if differing or found["dtype"] != self.plan.dtype or len(found["rejected"]) > self.cfg.INFER.SKIP_BROKEN:
+        differing = manifest["provenance"].differing(self.plan.provenance, Purpose.SAME_COLLECTION)
+        if differing or manifest["dtype"] != self.plan.dtype or len(manifest["rejected"]) > self.cfg.INFER.SKIP_BROKEN:
             return False
         key = status.st_ino, status.st_mtime_ns
         if key not in self._verdicts:
-            self._verdicts[key] = self._holds(found)
+            self._verdicts[key] = self._holds(manifest)
         return self._verdicts[key]
 
     def _holds(self, manifest: dict) -> bool:
@@ -298,10 +298,10 @@ class Job:
 
         for group in by_size(usable(), self.limits, batch_size=self.plan.provenance.batch_size or 1):
             pixels = torch.stack([torch.as_tensor(picture.pixels) for picture in group])
-            found = describe_batch(
+            described = describe_batch(
                 self.network, pixels, scales=self.limits.scales, max_pixels=self.limits.max_level_pixels
             )
-            for picture, vector in zip(group, found, strict=True):
+            for picture, vector in zip(group, described, strict=True):
                 vectors[picture.index], sizes[picture.index] = vector, picture.size
             counter.add(len(group))
             machines.add(machine())

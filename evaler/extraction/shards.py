@@ -188,9 +188,9 @@ def _watch(shards: list[Shard]) -> None:
 
 
 def _show(shown: tqdm, shards: list[Shard]) -> None:
-    told = [(shard.done, shard.total) for shard in shards if shard.total is not None]
+    reported = [(shard.done, shard.total) for shard in shards if shard.total is not None]
     running = sum(shard.process.poll() is None for shard in shards)
     shown.set_postfix_str(f"{running} of {len(shards)} shards at work", refresh=False)
-    if len(told) == len(shards):
-        shown.total = sum(total for _, total in told)
-    shown.update(sum(done for done, _ in told) - shown.n)
+    if len(reported) == len(shards):
+        shown.total = sum(total for _, total in reported)
+    shown.update(sum(done for done, _ in reported) - shown.n)

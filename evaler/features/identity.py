@@ -35,8 +35,8 @@ class Identities:
         self.stamps = np.zeros((len(stat), STAMP_BYTES), np.uint8)
         rows, width = np.ascontiguousarray(stat).tobytes(), stat.shape[1] * 8
         for index in np.flatnonzero(~self.missing & (stat[:, 2] < time.time_ns() - TOO_RECENT)).tolist():
-            told = rows[index * width : (index + 1) * width] + part(index).encode()
-            self.stamps[index] = np.frombuffer(hashlib.blake2b(told, digest_size=STAMP_BYTES).digest(), np.uint8)
+            entry = rows[index * width : (index + 1) * width] + part(index).encode()
+            self.stamps[index] = np.frombuffer(hashlib.blake2b(entry, digest_size=STAMP_BYTES).digest(), np.uint8)
 
     def record(self, index: int, sha256: bytes) -> np.ndarray:
         """uint8 [48] of an image whose bytes have this sha256; empty where they could not be read."""
@@ -63,8 +63,10 @@ class Identities:
         doubtful = np.flatnonzero(~same & ~self.missing[indices])
         if len(doubtful):
             with ThreadPoolExecutor(THREADS) as threads:
-                found = threads.map(self._identity_now, indices[doubtful].tolist())
-                shown = bar(found, title, unit="image", total=len(doubtful), delay=2, leave=False, disable=not title)
+                identities = threads.map(self._identity_now, indices[doubtful].tolist())
+                shown = bar(
+                    identities, title, unit="image", total=len(doubtful), delay=2, leave=False, disable=not title
+                )
                 for place, identity in zip(doubtful.tolist(), shown, strict=True):
                     same[place] = identity == records[place, :IDENTITY_BYTES].tobytes()
         return same

@@ -16,9 +16,9 @@ def find_collection(place: Path) -> tuple[Path, str]:
         if place.name and (place.parent / f"{place.name}.json").is_file():
             return place.parent, place.name
         raise FeaturesError(f"{place}: no such folder of descriptors; evaler/infer.py writes OUT_DIR/features/<set>")
-    found = [name for name in SEARCHED if (place / f"{name}.json").is_file()]
-    if not found:
+    present = [name for name in SEARCHED if (place / f"{name}.json").is_file()]
+    if not present:
         raise FeaturesError(f"{place}: no complete collection in it; extract one with evaler/infer.py first")
-    if len(found) > 1:
-        raise FeaturesError(f"{place}: holds {' and '.join(found)}; name one of them: {place / found[0]}")
-    return place, found[0]
+    if len(present) > 1:
+        raise FeaturesError(f"{place}: holds {' and '.join(present)}; name one of them: {place / present[0]}")
+    return place, present[0]

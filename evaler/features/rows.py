@@ -27,11 +27,11 @@ class Stacked:
             ]
             return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         which = np.searchsorted(self._ends, rows, side="right")
-        found = np.empty((len(rows), self.shape[1]), np.float32)
+        gathered = np.empty((len(rows), self.shape[1]), np.float32)
         for number, part in enumerate(self._parts):
             chosen = which == number
-            found[chosen] = part[np.asarray(rows)[chosen] - (self._ends[number] - part.shape[0])]
-        return found
+            gathered[chosen] = part[np.asarray(rows)[chosen] - (self._ends[number] - part.shape[0])]
+        return gathered
 
 
 class Mapped:

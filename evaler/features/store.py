@@ -363,8 +363,8 @@ def _check(features: Features, source: str, seen: set[str]) -> None:
     count = len(features.names)
     vectors, sizes = features.vectors, features.sizes
     if vectors.dtype.name not in DTYPES or vectors.ndim != 2 or len(vectors) != count or vectors.shape[1] < 1:
-        found = f"{vectors.dtype} {vectors.shape}"
-        raise FeaturesError(f"{source}: {count} names need float32 or float16 [{count}, D], not {found}")
+        actual = f"{vectors.dtype} {vectors.shape}"
+        raise FeaturesError(f"{source}: {count} names need float32 or float16 [{count}, D], not {actual}")
     if sizes.dtype != np.int32 or sizes.shape != (count, 2) or (sizes < 1).any():
         raise FeaturesError(f"{source}: {count} names need {count} picture sizes of at least 1 x 1 pixel")
     for name in features.names:

@@ -43,26 +43,26 @@ def top_k(
     if not np.isfinite(queries).all():
         raise UserError(f"the descriptor of query {first_bad(queries)} is not finite")
     count = database.shape[0]
-    own = np.full(len(queries), -1) if exclude is None else np.array([int(image) for image in exclude], np.int64)
-    k = max(0, min(k, count - bool((own >= 0).any())))
+    excluded = np.full(len(queries), -1) if exclude is None else np.array([int(image) for image in exclude], np.int64)
+    k = max(0, min(k, count - bool((excluded >= 0).any())))
 
     scores, indices = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     passes = [slice(first, first + QUERIES_A_PASS) for first in range(0, len(queries), QUERIES_A_PASS)] if k else []
     total = count * len(passes)
     with bar(None, "searching", unit="image", total=total, delay=1, leave=False, disable=not shown) as progress:
         for some in passes:
-            scores[some], indices[some] = _search(queries[some], database, k, own[some], progress)
+            scores[some], indices[some] = _search(queries[some], database, k, excluded[some], progress)
     return scores, indices
 
 
 def _search(
-    queries: np.ndarray, database: Rows, k: int, own: np.ndarray, progress: tqdm
+    queries: np.ndarray, database: Rows, k: int, excluded: np.ndarray, progress: tqdm
 ) -> tuple[np.ndarray, np.ndarray]:
     blocks = [slice(first, first + QUERIES_AT_ONCE) for first in range(0, len(queries), QUERIES_AT_ONCE)]
     least = np.full(len(queries), -np.inf)
 
     def share(slices: Iterator[slice]) -> list[_Best]:
-        found = [_Best(queries[some], k, own[some], least[some]) for some in blocks]
+        found = [_Best(queries[some], k, excluded[some], least[some]) for some in blocks]
         for rows in slices:
             chunk = np.asarray(database[rows])
             for some, best in zip(blocks, found, strict=True):
@@ -88,8 +88,8 @@ class _Best:
     may overwrite what another has just written: lower, and as true.
     """
 
-    def __init__(self, queries: np.ndarray, k: int, own: np.ndarray, least: np.ndarray) -> None:
-        self._queries, self._k, self._own, self._least = queries, k, own, least
+    def __init__(self, queries: np.ndarray, k: int, excluded: np.ndarray, least: np.ndarray) -> None:
+        self._queries, self._k, self._own, self._least = queries, k, excluded, least
         self.scores = np.full((len(queries), k), -np.inf)
         self.indices = np.full((len(queries), k), NONE)
 
@@ -102,8 +102,8 @@ class _Best:
             self._least[new] = np.maximum(self._least[new], kth - margin[new])
         limits = (self._least - margin).astype(near.dtype)
         possible = near >= np.nextafter(limits, near.dtype.type(-np.inf))[:, None]  # rounding must not raise them
-        own = np.flatnonzero((self._own >= start) & (self._own < start + len(rows)))
-        possible[own, self._own[own] - start] = False
+        affected = np.flatnonzero((self._own >= start) & (self._own < start + len(rows)))
+        possible[affected, self._own[affected] - start] = False
         self._add(start, rows, possible, 0)
 
     def _add(self, start: int, rows: np.ndarray, possible: np.ndarray, first: int) -> None:

@@ -14,12 +14,12 @@ def check_found(scores: np.ndarray, rows: np.ndarray, count: int, *, source: str
     Raises `FeaturesError` for rows that are no images, an image found twice, and scores that are not finite or not in
     order.
     """
-    found = rows >= 0
+    valid = rows >= 0
     if rows.shape != scores.shape or rows.dtype.kind != "i" or (rows < -1).any() or (rows >= count).any():
         raise FeaturesError(f"{source}: found rows that are none of the {count} images; build it again")
-    if (~found[:, :-1] & found[:, 1:]).any():
+    if (~valid[:, :-1] & valid[:, 1:]).any():
         raise FeaturesError(f"{source}: found images behind empty places; build it again")
-    for images, of_one, there in zip(rows, scores, found, strict=True):
+    for images, of_one, there in zip(rows, scores, valid, strict=True):
         if len(np.unique(images[there])) != there.sum():
             raise FeaturesError(f"{source}: found one image twice; build it again")
         if not np.isfinite(of_one[there]).all():

@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.SEARCH.INDEX:
         recall = faiss_index.build(cfg, folder, collection)
         path, _ = faiss_index.paths(folder, collection)
-        found = f"{100 * recall:.1f} % of the exact first {faiss_index.PROBED_TOP} are found"
-        print(f"{path}: {cfg.SEARCH.INDEX}, {found}")
+        line = f"{100 * recall:.1f} % of the exact first {faiss_index.PROBED_TOP} are found"
+        print(f"{path}: {cfg.SEARCH.INDEX}, {line}")
     if cfg.SEARCH.URI:
         name, count = milvus_index.build(cfg.SEARCH.URI, folder, collection)
         print(f"{cfg.SEARCH.URI}: {count} descriptors in {name}")

@@ -55,10 +55,10 @@ def build(cfg: CfgNode, folder: Path, collection: str) -> float:
     except RuntimeError as error:
         raise UserError(f"SEARCH.INDEX {cfg.SEARCH.INDEX}: faiss refuses it: {_last_line(error)}") from None
     _set_parameters(index, cfg.SEARCH.PARAMETERS)
-    path, told = paths(folder, collection)
+    path, description_path = paths(folder, collection)
     with atomic_write(path) as file:
         file.write(faiss.serialize_index(index))
-        told.unlink(missing_ok=True)  # from here to its being written again there is none
+        description_path.unlink(missing_ok=True)  # from here to its being written again there is none
     description = {
         "factory": cfg.SEARCH.INDEX,
         "npy_sha256": read_manifest(folder, collection)["sha256"]["npy"],
@@ -66,9 +66,9 @@ def build(cfg: CfgNode, folder: Path, collection: str) -> float:
         "faiss": faiss.__version__,
         "parameters": cfg.SEARCH.PARAMETERS,
     }
-    write_json(told, description, sort_keys=True)
+    write_json(description_path, description, sort_keys=True)
     recall = measure_recall(index, vectors)
-    write_json(told, description | {f"recall@{PROBED_TOP}": recall}, sort_keys=True)
+    write_json(description_path, description | {f"recall@{PROBED_TOP}": recall}, sort_keys=True)
     return recall
 
 
@@ -86,12 +86,12 @@ def _try_out(cfg: CfgNode, vectors: np.ndarray) -> None:
                 if len(half):
                     index.add(half)
             _set_parameters(index, cfg.SEARCH.PARAMETERS)
-            _, found = search(index, rows[:8], PROBED_TOP, source=f"SEARCH.INDEX {factory}")
+            _, neighbours = search(index, rows[:8], PROBED_TOP, source=f"SEARCH.INDEX {factory}")
     except RuntimeError as error:
         if "training points" in str(error) and len(vectors) > TRIED_ON:
             return  # more than are tried: the build begins with the training
         raise UserError(f"SEARCH.INDEX {factory}: faiss refuses it: {_last_line(error)}") from None
-    if (found < 0).all():
+    if (neighbours < 0).all():
         raise UserError(f"SEARCH.PARAMETERS {cfg.SEARCH.PARAMETERS}: an index of {factory} finds nothing with them")
 
 
@@ -122,22 +122,22 @@ def _parts(index) -> Iterator:
 def read(cfg: CfgNode, folder: Path, collection: str):
     """The index of SEARCH.INDEX. Raises `FeaturesError` if it is absent, another one, or of other descriptors."""
     faiss = search_library()
-    path, told = paths(folder, collection)
+    path, description_path = paths(folder, collection)
     mend = "build it with evaler/index.py"
     try:
-        description = json.loads(told.read_bytes())
-        found = description["factory"], description["npy_sha256"], description["sha256"]
+        description = json.loads(description_path.read_bytes())
+        stated = description["factory"], description["npy_sha256"], description["sha256"]
     except FileNotFoundError:
         raise FeaturesError(f"{path}: no index; {mend}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise FeaturesError(f"{told}: not the description of an index; {mend}") from None
-    if not all(isinstance(text, str) for text in found):
-        raise FeaturesError(f"{told}: not the description of an index; {mend}")
-    if found[0] != cfg.SEARCH.INDEX:
-        raise FeaturesError(f"{path}: is {found[0]}, SEARCH.INDEX {cfg.SEARCH.INDEX}; {mend}")
-    if found[1] != read_manifest(folder, collection)["sha256"]["npy"]:
+        raise FeaturesError(f"{description_path}: not the description of an index; {mend}") from None
+    if not all(isinstance(text, str) for text in stated):
+        raise FeaturesError(f"{description_path}: not the description of an index; {mend}")
+    if stated[0] != cfg.SEARCH.INDEX:
+        raise FeaturesError(f"{path}: is {stated[0]}, SEARCH.INDEX {cfg.SEARCH.INDEX}; {mend}")
+    if stated[1] != read_manifest(folder, collection)["sha256"]["npy"]:
         raise FeaturesError(f"{path}: of other descriptors than those beside it; {mend}")
-    if not path.is_file() or sha256_file(path) != found[2]:
+    if not path.is_file() or sha256_file(path) != stated[2]:
         raise FeaturesError(f"{path}: missing or damaged (sha256); {mend}")
     try:
         index = faiss.read_index(str(path))
@@ -178,8 +178,8 @@ def _check(index, path: Path, manifest: dict, mend: str) -> None:
     """Raise `FeaturesError` for an index that cannot be that of the collection, whatever its description says."""
     faiss = search_library()
     if (index.d, index.ntotal) != (manifest["dim"], manifest["count"]):
-        found, expected = f"{index.ntotal} x {index.d}", f"{manifest['count']} x {manifest['dim']}"
-        raise FeaturesError(f"{path}: holds {found} numbers, the descriptors are {expected}; {mend}")
+        actual, expected = f"{index.ntotal} x {index.d}", f"{manifest['count']} x {manifest['dim']}"
+        raise FeaturesError(f"{path}: holds {actual} numbers, the descriptors are {expected}; {mend}")
     if any(isinstance(part, faiss.IndexIDMap) for part in _parts(index)):
         raise FeaturesError(f"{path}: carries numbers of its own for the images; {mend}")
     if any(part.metric_type != faiss.METRIC_INNER_PRODUCT for part in _parts(index)):
@@ -204,10 +204,10 @@ def measure_recall(index, vectors: np.ndarray) -> float:
     rows = np.sort(np.random.default_rng(1).permutation(len(vectors))[:PROBED])
     queries = np.asarray(vectors[rows], dtype=np.float32)
     _, exact = top_k(queries, vectors, PROBED_TOP, exclude=rows)
-    _, found = search(index, queries, PROBED_TOP + 1)
+    _, neighbours = search(index, queries, PROBED_TOP + 1)
     if not exact.size:
         return 1.0
-    hits = sum(len(np.intersect1d(one, other)) for one, other in zip(exact, found, strict=True))
+    hits = sum(len(np.intersect1d(one, other)) for one, other in zip(exact, neighbours, strict=True))
     return hits / exact.size
 
 

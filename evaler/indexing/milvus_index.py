@@ -96,15 +96,17 @@ def search(uri: str, folder: Path, collection: str, queries: np.ndarray, k: int)
 def _check_form(client, uri: str, name: str, dim: int) -> None:
     """Raise `MilvusError` for a collection of our name that another program made in another way."""
     fields = {field["name"]: field for field in client.describe_collection(name)["fields"]}
-    found = fields.get("vector", {}).get("params", {}).get("dim")
-    if not fields.get("row", {}).get("is_primary") or found is None or int(found) != dim:
+    dim_there = fields.get("vector", {}).get("params", {}).get("dim")
+    if not fields.get("row", {}).get("is_primary") or dim_there is None or int(dim_there) != dim:
         raise MilvusError(
             f"SEARCH.URI {uri}: the collection {name} has not the fields row and vector of {dim} numbers; drop it"
         )
     metrics = {client.describe_index(name, index).get("metric_type") for index in client.list_indexes(name, "vector")}
     if metrics != {"IP"}:
-        told = ", ".join(sorted(map(str, metrics))) or "none"
-        raise MilvusError(f"SEARCH.URI {uri}: the collection {name} is searched by the metric {told}, not IP; drop it")
+        metrics_there = ", ".join(sorted(map(str, metrics))) or "none"
+        raise MilvusError(
+            f"SEARCH.URI {uri}: the collection {name} is searched by the metric {metrics_there}, not IP; drop it"
+        )
 
 
 def _whole(client, uri: str, name: str, expected: int, *, mend: str) -> int:
@@ -138,8 +140,8 @@ def _create(client, name: str, dim: int, title: str) -> None:
 
 
 def _count(client, name: str, which: str = "") -> int:
-    found = client.query(name, filter=which, output_fields=["count(*)"], consistency_level="Strong")
-    return int(found[0]["count(*)"])
+    answer = client.query(name, filter=which, output_fields=["count(*)"], consistency_level="Strong")
+    return int(answer[0]["count(*)"])
 
 
 @contextlib.contextmanager

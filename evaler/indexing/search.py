@@ -41,8 +41,8 @@ def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> t
     network, provenance = load_network(cfg)
     differing = features.provenance.differing(provenance, Purpose.SEARCHABLE)
     if differing:
-        told = ", ".join(f"{key} {there} there, {here} here" for key, (there, here) in differing.items())
-        raise FeaturesError(f"the set was described in another way than the query would be: {told}")
+        difference = ", ".join(f"{key} {there} there, {here} here" for key, (there, here) in differing.items())
+        raise FeaturesError(f"the set was described in another way than the query would be: {difference}")
     names, limits = [str(path) for path in paths], limits_of(cfg)
     images = ImageList(names, LooseFiles("", names))
     pictures = Pictures(images, limits, on_gpu=nvjpeg() if cfg.INFER.GPU_JPEG else None)
@@ -61,28 +61,28 @@ def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> t
 
 def photographs(places: Sequence[Path]) -> list[Path]:
     """The files named, and of a folder the images in it and below. Raises `UserError` for a folder without any."""
-    found = []
+    paths = []
     for place in places:
         if not place.is_dir():
-            found.append(place)
+            paths.append(place)
             continue
         images = search(place).images
         if not images:
             raise UserError(f"{place}: no photographs in this folder to search by")
-        found += [place / name for name in images]
-    return found
+        paths += [place / name for name in images]
+    return paths
 
 
 def with_weights_of(path: str, settings: list[str], features: Features) -> CfgNode:
     """The configuration, with the weights that the features were made with where it names none."""
     cfg = load_cfg(path, settings)
-    told = features.provenance.weights
-    if cfg.TEST.WEIGHTS or told is None or not os.path.isfile(told):  # isfile: for any text
+    recorded = features.provenance.weights
+    if cfg.TEST.WEIGHTS or recorded is None or not os.path.isfile(recorded):  # isfile: for any text
         return cfg
-    if sha256_file(told) != features.provenance.weights_sha256:
-        print(f"note: {told} is no longer what the set was described with", file=sys.stderr)
+    if sha256_file(recorded) != features.provenance.weights_sha256:
+        print(f"note: {recorded} is no longer what the set was described with", file=sys.stderr)
         return cfg
-    return load_cfg(path, [*settings, "TEST.WEIGHTS", told])
+    return load_cfg(path, [*settings, "TEST.WEIGHTS", recorded])
 
 
 @entry_point
@@ -109,15 +109,15 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {one_line(reason)}", file=sys.stderr)
     asked = [path for path in asked if path not in broken]
     if not len(queries):
-        scores, found = np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)
+        scores, neighbours = np.empty((0, 0), np.float32), np.empty((0, 0), np.int64)
     elif cfg.SEARCH.URI:
-        scores, found = milvus_index.search(cfg.SEARCH.URI, folder, collection, queries, args.top)
+        scores, neighbours = milvus_index.search(cfg.SEARCH.URI, folder, collection, queries, args.top)
     elif index is None:
-        scores, found = top_k(queries, features.vectors, args.top)
+        scores, neighbours = top_k(queries, features.vectors, args.top)
     else:
-        scores, found = faiss_index.search(index, queries, args.top)
+        scores, neighbours = faiss_index.search(index, queries, args.top)
     results: list[dict[str, Any]] = []
-    for path, of_one, at in zip(asked, scores, found, strict=True):
+    for path, of_one, at in zip(asked, scores, neighbours, strict=True):
         hits = [
             {"name": features.names[i], "score": round(float(score), 6)}
             for score, i in zip(of_one, at.tolist(), strict=True)

@@ -67,14 +67,14 @@ def pictures(
     needed = sorted({image for rows in of_rows for image, *_ in rows})
     number = {image: place for place, image in enumerate(needed)}
     photos = _jpegs(cfg, [gallery.photo(image) for image in needed], RESULT, "results", notes)
-    own = _jpegs(cfg, [photo for _, photo in queries], QUERY, "queries", notes)
+    query_jpegs = _jpegs(cfg, [photo for _, photo in queries], QUERY, "queries", notes)
     heats = _heats(cfg, [photo for _, photo in queries], provenances, notes) if shown.attention else []
     return {
         "images": [[gallery.name(image), photo] for image, photo in zip(needed, photos, strict=True)],
         "queries": [
             {
                 "name": name,
-                "photo": own[place],
+                "photo": query_jpegs[place],
                 "heat": [of_run[place] for of_run in heats],
                 "runs": [
                     {
@@ -101,14 +101,14 @@ def _jpegs(
     """base64 of each photograph; None where there is none, and then a note."""
     there = [photo for photo in photos if photo is not None]
     made = iter(thumbnails(there, size=size, max_pixels=cfg.INFER.MAX_PIXELS, title=f"pictures of {what}"))
-    found = [None if photo is None else next(made) for photo in photos]
-    errors = [str(one) for one in found if isinstance(one, ImageError)]
-    absent = sum(one is None for one in found)
+    jpegs = [None if photo is None else next(made) for photo in photos]
+    errors = [str(one) for one in jpegs if isinstance(one, ImageError)]
+    absent = sum(one is None for one in jpegs)
     if errors:
-        notes.append(f"{len(errors)} of {len(found)} {what} have no picture here: {errors[0]}")
+        notes.append(f"{len(errors)} of {len(jpegs)} {what} have no picture here: {errors[0]}")
     if absent:
-        notes.append(f"{absent} of {len(found)} {what} have no picture: they came by index.py --add, or are gone since")
-    return [base64.b64encode(one).decode() if isinstance(one, bytes) else None for one in found]
+        notes.append(f"{absent} of {len(jpegs)} {what} have no picture: they came by index.py --add, or are gone since")
+    return [base64.b64encode(one).decode() if isinstance(one, bytes) else None for one in jpegs]
 
 
 def _heats(

@@ -76,15 +76,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--out {args.out}: must end with .html")
     cfg = load_cfg(args.cfg, settings)
     refinement = Refinement.of(cfg)
-    own = bool(cfg.INFER.IMAGES)
-    names = [] if own else [name for name in cfg.INFER.DATASETS if name != DISTRACTORS]
-    if args.labels and not own:
+    own_images = bool(cfg.INFER.IMAGES)
+    names = [] if own_images else [name for name in cfg.INFER.DATASETS if name != DISTRACTORS]
+    if args.labels and not own_images:
         raise UserError("--labels is for INFER.IMAGES; the sets of INFER.DATASETS have their own")
-    if own and refinement:
+    if own_images and refinement:
         raise UserError("SCORE's post-processing is not applied to INFER.IMAGES; leave it out")
     if args.unprocessed and (args.against or not refinement):
         raise UserError("--unprocessed shows one run without and with the steps that SCORE names: name some, one run")
-    if not own and not names:
+    if not own_images and not names:
         raise UserError("nothing to show: name sets in INFER.DATASETS, or images in INFER.IMAGES")
     if args.out and len(names) > 1:
         raise UserError(f"--out names one page, INFER.DATASETS {len(names)} sets; name one of them")
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
     elif args.against:
         runs.append(Run(str(args.against), args.against, refinement))
-    queries = args.queries if args.queries is not None else OWN_QUERIES if own else 0
+    queries = args.queries if args.queries is not None else OWN_QUERIES if own_images else 0
     shown = Shown(top=args.top, queries=queries, attention=not args.no_attention)
     for name in names or [None]:
         content = revisited_page(cfg, name, runs, shown) if name else own_page(cfg, runs, shown, labels=args.labels)

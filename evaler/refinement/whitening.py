@@ -120,9 +120,9 @@ def learn(vectors: np.ndarray, *, dim: int = 0) -> tuple[np.ndarray, np.ndarray]
 
 
 def write(path: Path, whitening: Whitening) -> None:
-    told = np.frombuffer(json.dumps(whitening.learned_on, sort_keys=True).encode(), np.uint8)
+    origin = np.frombuffer(json.dumps(whitening.learned_on, sort_keys=True).encode(), np.uint8)
     with atomic_write(path) as file:
-        np.savez(file, mean=whitening.mean, projection=whitening.projection, learned_on=told)
+        np.savez(file, mean=whitening.mean, projection=whitening.projection, learned_on=origin)
 
 
 def read(path: Path) -> Whitening:
@@ -141,8 +141,8 @@ def _parsed(data: bytes) -> Whitening:
         if archive.testzip() is not None:  # NumPy does not look at the checksums
             raise UserError("damaged")
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        mean, projection, told = (file[key] for key in _ARRAYS)
-    learned_on = parse(told.tobytes())
+        mean, projection, origin = (file[key] for key in _ARRAYS)
+    learned_on = parse(origin.tobytes())
     if not (mean.dtype == projection.dtype == np.float64 and mean.ndim == 1 and projection.ndim == 2):
         raise UserError("arrays of another kind")
     if not projection.shape[0] == len(mean) >= projection.shape[1] > 0:
@@ -167,14 +167,14 @@ def main(argv: list[str] | None = None) -> None:
     features = load(folder, collection)
     check_length(features, f"{folder}: {collection}")
     mean, projection = learn(features.vectors, dim=args.dim)
-    told = {
+    origin = {
         "set": folder.name,
         "collection": collection,
         "images": len(features.names),
         "npy_sha256": read_manifest(folder, collection)["sha256"]["npy"],
         "provenance": features.provenance.relevant(Purpose.SAME_SPACE).to_json(),
     }
-    write(args.output, Whitening(mean, projection, told))
+    write(args.output, Whitening(mean, projection, origin))
     print(
         f"{args.output}: {projection.shape[1]} of {len(mean)} dimensions, by {len(features.names)} images of {folder}"
     )

@@ -86,11 +86,13 @@ def table(result: dict, score: Score, *, most: int) -> str:
         if key not in result:
             lines.append(f"{name}{'-':>8}{'-':>8}{'-':>9}   no query has positives")
             continue
-        found = Difference(**result[key]["difference"])
-        interval = f"{found.low:+.2f} to {found.high:+.2f}"
-        sure = "" if found.low > 0 or found.high < 0 else "   holds 0: not told apart by these queries"
-        counts = f"{found.better} / {found.worse} / {found.queries}"
-        lines.append(f"{name}{found.a:>8.2f}{found.b:>8.2f}{found.mean:>+9.2f}   {interval:<27}{counts:<18}{sure}")
+        difference = Difference(**result[key]["difference"])
+        interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
+        sure = "" if difference.low > 0 or difference.high < 0 else "   holds 0: not told apart by these queries"
+        counts = f"{difference.better} / {difference.worse} / {difference.queries}"
+        lines.append(
+            f"{name}{difference.a:>8.2f}{difference.b:>8.2f}{difference.mean:>+9.2f}   {interval:<27}{counts:<18}{sure}"
+        )
     for key, (one, other) in result["card"].items():
         lines.append(f"  differs: {key}  {one} -> {other}")
     for key, setting in score.settings.items():

@@ -86,8 +86,8 @@ def retrieval(queries: Features, index: Features, solution: Solution) -> dict[st
     for usage, relevant in solution.items():
         if relevant:
             described, vectors = _of(queries, relevant)
-            _, found = top_k(vectors, index.vectors, FOUND)
-            names = {query: [ids[i] for i in row] for query, row in zip(described, found, strict=True)}
+            _, neighbours = top_k(vectors, index.vectors, FOUND)
+            names = {query: [ids[i] for i in row] for query, row in zip(described, neighbours, strict=True)}
             scores[usage] = average_precisions_at(names, relevant, FOUND)
     return scores
 
@@ -113,10 +113,10 @@ def recognition(
     for usage, landmarks in solution.items():
         if any(landmarks.values()):
             described, vectors = _of(queries, landmarks)
-            similar, found = top_k(vectors, train.vectors, voting)
+            similar, neighbours = top_k(vectors, train.vectors, voting)
             predictions = {
                 query: vote([labels[ids[i]] for i in row], similarities.tolist())
-                for query, row, similarities in zip(described, found, similar, strict=True)
+                for query, row, similarities in zip(described, neighbours, similar, strict=True)
             }
             scores[usage] = precisions_of_right(predictions, landmarks)
     return scores

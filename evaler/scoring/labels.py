@@ -69,12 +69,12 @@ def score_labelled(
     queries, query_labels = asked or (features, labels)
     _check_labels(features, labels)
     _check_labels(queries, query_labels)
-    own = own_images(queries, features) if asked else {index: [index] for index in range(len(features.names))}
+    excluded = own_images(queries, features) if asked else {index: [index] for index in range(len(features.names))}
     members: dict[str, list[int]] = {}
     for index, name in enumerate(features.names):
         members.setdefault(labels[name], []).append(index)
     right = [members.get(query_labels[name], []) for name in queries.names]
-    counted = [i for i, images in enumerate(right) if set(images) - set(own.get(i, ()))]
+    counted = [i for i, images in enumerate(right) if set(images) - set(excluded.get(i, ()))]
     if not counted:
         raise UserError(
             "no query has a label that another image has: there is nothing to look for"
@@ -84,10 +84,10 @@ def score_labelled(
     values: dict[str, list[float]] = {key: [] for key in (*(f"recall@{k}" for k in kappas), "mAP", "mAP@R")}
     for start in range(0, len(counted), QUERIES_AT_ONCE):
         some_queries = counted[start : start + QUERIES_AT_ONCE]
-        wanted = [np.union1d(right[index], own.get(index, [])).astype(np.int64) for index in some_queries]
-        found = standings(queries.vectors[some_queries], features.vectors, wanted)
-        for index, images, standing in zip(some_queries, wanted, found, strict=True):
-            left_out = np.isin(images, own.get(index, []))
+        wanted = [np.union1d(right[index], excluded.get(index, [])).astype(np.int64) for index in some_queries]
+        ranked = standings(queries.vectors[some_queries], features.vectors, wanted)
+        for index, images, standing in zip(some_queries, wanted, ranked, strict=True):
+            left_out = np.isin(images, excluded.get(index, []))
             ranks = without_junk(standing.ranks[~left_out], standing.ranks[left_out])
             for k in kappas:
                 values[f"recall@{k}"].append(recall_at(ranks, k))
@@ -101,7 +101,7 @@ def score_labelled(
         "unit": "percent",
         "queries": len(counted),
         "alone": len(queries.names) - len(counted),
-        "own": len(own) if asked else 0,
+        "own": len(excluded) if asked else 0,
         "images": len(features.names),
         "labels": len(members),
     }
@@ -142,24 +142,24 @@ def own_images(queries: Features, features: Features) -> dict[int, list[int]]:
     rows: dict[tuple, list[int]] = {}
     for row, key in enumerate(_keys(features)):
         rows.setdefault(key, []).append(row)
-    found = {}
+    indices = {}
     for index, key in enumerate(_keys(queries)):
         if key in rows:
             candidates = np.array(rows[key])
             query = np.asarray(queries.vectors[index], dtype=np.float64)
             same = np.asarray(features.vectors[candidates], dtype=np.float64) @ query > 1 - SAME_DESCRIPTOR
             if same.any():
-                found[index] = candidates[same].tolist()
-    return found
+                indices[index] = candidates[same].tolist()
+    return indices
 
 
-def copies(queries: Features, features: Features, own: Mapping[int, Sequence[int]]) -> list[str]:
+def copies(queries: Features, features: Features, excluded: Mapping[int, Sequence[int]]) -> list[str]:
     """Queries whose descriptor is that of an image bit by bit, though the image is not known to be the query itself."""
     rows: dict[bytes, set[int]] = {}
     for row, vector in enumerate(np.asarray(features.vectors)):
         rows.setdefault(vector.astype(np.float32).tobytes(), set()).add(row)
     vectors = enumerate(np.asarray(queries.vectors, dtype=np.float32))
-    return [queries.names[i] for i, vector in vectors if rows.get(vector.tobytes(), set()) - set(own.get(i, ()))]
+    return [queries.names[i] for i, vector in vectors if rows.get(vector.tobytes(), set()) - set(excluded.get(i, ()))]
 
 
 def _keys(features: Features) -> Iterator[tuple]:
@@ -227,13 +227,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _tell_of_copies(queries: Features, features: Features) -> None:
-    own = own_images(queries, features)
-    if own:
-        names = some([queries.names[index] for index in own])
+    excluded = own_images(queries, features)
+    if excluded:
+        names = some([queries.names[index] for index in excluded])
         print(
-            f"note: {len(own)} queries are images of the set too and do not find themselves: {names}", file=sys.stderr
+            f"note: {len(excluded)} queries are images of the set too and do not find themselves: {names}",
+            file=sys.stderr,
         )
-    alike = copies(queries, features, own)
+    alike = copies(queries, features, excluded)
     if alike:
-        told = f"have the descriptor of an image of another name or size, which counts: {some(alike)}"
-        print(f"note: {len(alike)} queries {told}", file=sys.stderr)
+        note = f"have the descriptor of an image of another name or size, which counts: {some(alike)}"
+        print(f"note: {len(alike)} queries {note}", file=sys.stderr)

@@ -39,7 +39,7 @@ def revisited_lists(
     loaded: LoadedSet, truth: GroundTruth, aps: Mapping[str, Sequence], *, top: int
 ) -> list[RankedList]:
     """A list for each query of a Revisited set. aps: setting -> AP of each query in percent, as scored."""
-    scores, found = first_images(loaded, top=top)
+    scores, ranked = first_images(loaded, top=top)
     lists = []
     for number, (query, standing) in enumerate(
         zip(truth.gnd, rank_labelled(loaded.queries, loaded.gallery, truth, first=loaded.first), strict=True)
@@ -47,7 +47,7 @@ def revisited_lists(
         images = np.concatenate([getattr(query, label) for label in LABELS])
         kinds = np.repeat(LABELS, [len(getattr(query, label)) for label in LABELS])
         label_of = dict(zip(images.tolist(), kinds.tolist(), strict=True))
-        rows = zip(found[number].tolist(), scores[number].tolist(), strict=True)
+        rows = zip(ranked[number].tolist(), scores[number].tolist(), strict=True)
         shown = [(image, score, label_of.get(image, "negative")) for image, score in rows]
         ranks = {}
         for setting, labels in SETTINGS.items():
@@ -64,12 +64,12 @@ def first_images(loaded: LoadedSet, *, top: int) -> tuple[np.ndarray, np.ndarray
     """Scores and indices [Q, K] of the first images; re-ranked ones in their new order, with the scores they had."""
     if loaded.first is None or not loaded.first.size:
         return top_k(loaded.queries, loaded.gallery, top)
-    scores, found = top_k(loaded.queries, loaded.gallery, max(top, loaded.first.shape[1]))
-    for of_one, images, first in zip(scores, found, loaded.first, strict=True):
+    scores, ranked = top_k(loaded.queries, loaded.gallery, max(top, loaded.first.shape[1]))
+    for of_one, images, first in zip(scores, ranked, loaded.first, strict=True):
         place = {image: number for number, image in enumerate(images.tolist())}
         of_one[: len(first)] = of_one[[place[image] for image in first.tolist()]]
         images[: len(first)] = first
-    return scores[:, :top], found[:, :top]
+    return scores[:, :top], ranked[:, :top]
 
 
 def own_lists(
@@ -78,9 +78,9 @@ def own_lists(
     """The images `queries` of a set against all others of it, and what `score_labelled` gives where it has labels."""
     vectors = features.vectors
     asked = np.asarray(vectors[list(queries)], dtype=np.float32)
-    scores, found = top_k(asked, vectors, top, exclude=queries)
+    scores, ranked = top_k(asked, vectors, top, exclude=queries)
     if labels is None:
-        rows = zip(found.tolist(), scores.tolist(), strict=True)
+        rows = zip(ranked.tolist(), scores.tolist(), strict=True)
         return [RankedList([(i, s, "") for i, s in zip(*row, strict=True)], [], {}, {}) for row in rows], None
     score = score_labelled(features, labels)
     members: dict[str, list[int]] = {}
@@ -91,12 +91,12 @@ def own_lists(
     for number, (query, images, standing) in enumerate(
         zip(queries, wanted, standings(asked, vectors, wanted), strict=True)
     ):
-        own = images == query
-        ranks = without_junk(standing.ranks[~own], standing.ranks[own])
+        is_query = images == query
+        ranks = without_junk(standing.ranks[~is_query], standing.ranks[is_query])
         same = set(images.tolist())
-        rows = zip(found[number].tolist(), scores[number].tolist(), strict=True)
+        rows = zip(ranked[number].tolist(), scores[number].tolist(), strict=True)
         shown = [(image, value, SAME if image in same else OTHER) for image, value in rows]
-        by_rank = images[~own][np.argsort(standing.ranks[~own])].tolist()
+        by_rank = images[~is_query][np.argsort(standing.ranks[~is_query])].tolist()
         right = [(image, rank, SAME) for image, rank in zip(by_rank, ranks.tolist(), strict=True)]
         ap = 100 * average_precision(ranks) if len(ranks) else None
         lists.append(RankedList(shown, _missed(right, shown), {SAME: ranks.tolist()}, {SAME: ap}))

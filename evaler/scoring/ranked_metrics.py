@@ -15,7 +15,7 @@ class Prediction(NamedTuple):
     confidence: float
 
 
-def average_precision_at(found: Sequence[str], relevant: Collection[str], k: int) -> float:
+def average_precision_at(retrieved: Sequence[str], relevant: Collection[str], k: int) -> float:
     """AP@k of Google Landmarks v2 retrieval: precision at each relevant image among the first k, summed, over
     min(number of relevant images, k). An image found twice counts once, and its second place is lost.
 
@@ -24,7 +24,7 @@ def average_precision_at(found: Sequence[str], relevant: Collection[str], k: int
     if not relevant:
         raise UserError("a query without relevant images has no average precision")
     hits, total, seen = 0, 0.0, set()
-    for place, name in enumerate(found[:k], start=1):
+    for place, name in enumerate(retrieved[:k], start=1):
         if name in relevant and name not in seen:
             hits += 1
             total += hits / place
@@ -33,16 +33,16 @@ def average_precision_at(found: Sequence[str], relevant: Collection[str], k: int
 
 
 def average_precisions_at(
-    found: Mapping[str, Sequence[str]], relevant: Mapping[str, Collection[str]], k: int = 100
+    retrieved: Mapping[str, Sequence[str]], relevant: Mapping[str, Collection[str]], k: int = 100
 ) -> dict[str, float]:
     """`average_precision_at` of each query of `relevant`; one for which nothing was found has 0. Their mean is mAP@k.
 
     Raises UserError for a query that `relevant` does not know.
     """
-    unknown = found.keys() - relevant.keys()
+    unknown = retrieved.keys() - relevant.keys()
     if unknown:
         raise UserError(f"{len(unknown)} queries are not in the solution, {min(unknown)} for one")
-    return {query: average_precision_at(found.get(query, ()), names, k) for query, names in relevant.items()}
+    return {query: average_precision_at(retrieved.get(query, ()), names, k) for query, names in relevant.items()}
 
 
 def precisions_of_right(

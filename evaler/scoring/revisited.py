@@ -221,15 +221,15 @@ def _tell_of_other_settings(cfg: CfgNode, score: Score) -> None:
         ("CROP_QUERY", how.crop_query, infer.CROP_QUERY),
     ):
         if extracted is not None and extracted != value:
-            told = f"was extracted with INFER.{key} {extracted}, not {value} as configured"
-            print(f"note: {score.dataset} {told}", file=sys.stderr)
+            note = f"was extracted with INFER.{key} {extracted}, not {value} as configured"
+            print(f"note: {score.dataset} {note}", file=sys.stderr)
 
 
 def _tell_of_own_queries(name: str, gnd_path: Path) -> None:
-    found = groundtruth.unlabelled_queries(groundtruth.load(gnd_path))
-    if found:
-        told = f"are database images too without a label for themselves, so each counts as wrong: {some(found)}"
-        print(f"note: {len(found)} queries of {name} {told}", file=sys.stderr)
+    unlabelled = groundtruth.unlabelled_queries(groundtruth.load(gnd_path))
+    if unlabelled:
+        note = f"are database images too without a label for themselves, so each counts as wrong: {some(unlabelled)}"
+        print(f"note: {len(unlabelled)} queries of {name} {note}", file=sys.stderr)
 
 
 def _percent(fraction: float) -> float | None:

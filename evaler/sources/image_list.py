@@ -127,7 +127,7 @@ class LooseFiles:
 def stat(path: str) -> tuple[int, int, int, int]:
     """Bytes, times of change of content and status (ns), inode; -1 and zeros for a file that is missing."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (OSError, ValueError):  # the latter for a NUL in the path
         return -1, 0, 0, 0
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & (2**63 - 1)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino & (2**63 - 1)

@@ -54,7 +54,7 @@ def search(folder: Path) -> Found:
     has an image's extension counts as an image, a link that leads nowhere too: it is missing, not absent by intention.
     Raises `ImageError` for a folder that cannot be read and for a name that cannot be written down.
     """
-    found = Found()
+    result = Found()
     waiting: list[tuple[str, frozenset]] = [("", frozenset())]
     with bar(None, "listing", unit="file", delay=2, leave=False, disable=not is_main()) as shown:
         while waiting:
@@ -63,43 +63,43 @@ def search(folder: Path) -> Found:
                 with os.scandir(folder / inner) as entries:
                     identity = _identity(os.stat(folder / inner))
                     if identity in above:
-                        found.circles.append(inner)
+                        result.circles.append(inner)
                         continue
                     for entry in entries:
                         name = f"{inner}/{entry.name}" if inner else entry.name
                         if is_hidden(entry.name):
-                            found.hidden.append(name)
+                            result.hidden.append(name)
                         elif entry.is_dir():
                             waiting.append((name, above | {identity}))
                         else:
-                            _sort_in(found, name)
+                            _sort_in(result, name)
                             shown.update()
             except OSError as error:
                 raise ImageError(f"INFER.IMAGES {error.filename}: cannot be read ({error.strerror})") from error
-    for names in (found.images, found.archives, found.compressed, found.hidden, found.circles):
+    for names in (result.images, result.archives, result.compressed, result.hidden, result.circles):
         names.sort()
-    for name in itertools.chain(found.images, found.archives):
+    for name in itertools.chain(result.images, result.archives):
         try:
             checked_name(name)
         except ValueError as error:
             raise ImageError(f"INFER.IMAGES {folder}: {name!a} {error}") from None
-    return found
+    return result
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _sort_in(found: Found, name: str) -> None:
+def _sort_in(result: Found, name: str) -> None:
     lower = name.lower()
     if lower.endswith(EXTENSIONS):
-        found.images.append(name)
+        result.images.append(name)
     elif lower.endswith(ARCHIVES):
-        found.archives.append(name)
+        result.archives.append(name)
     else:
-        found.others += 1
+        result.others += 1
         if lower.endswith(COMPRESSED):
-            found.compressed.append(name)
+            result.compressed.append(name)
 
 
 def read_list(path: Path, *, key: str) -> list[str]:

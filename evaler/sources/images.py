@@ -80,26 +80,26 @@ def named_images(path: str | os.PathLike, *, cache_dir: Path | None = None) -> t
 
 
 def _folder(folder: Path, cache_dir: Path | None) -> tuple[ImageList, list[str]]:
-    found = search(folder)
-    notes = [f"{circle} leads back to a folder that it lies in and is not entered" for circle in found.circles]
-    hidden = [hidden_note(len(found.hidden), found.hidden[0], folder)] if found.hidden else []
-    if found.archives and found.images:
+    content = search(folder)
+    notes = [f"{circle} leads back to a folder that it lies in and is not entered" for circle in content.circles]
+    hidden = [hidden_note(len(content.hidden), content.hidden[0], folder)] if content.hidden else []
+    if content.archives and content.images:
         raise ImageError(
-            f"{KEY} {folder}: holds images ({found.images[0]}) and archives ({found.archives[0]}); name one "
+            f"{KEY} {folder}: holds images ({content.images[0]}) and archives ({content.archives[0]}); name one "
             f"of them, or a list file of the images"
         )
-    if found.compressed and not found.images:  # with archives it would be a part of the set that is left out
-        raise _compressed(folder / found.compressed[0])
-    if found.archives:
-        images, more = _archives([folder / name for name in found.archives], folder, cache_dir)
+    if content.compressed and not content.images:  # with archives it would be a part of the set that is left out
+        raise _compressed(folder / content.compressed[0])
+    if content.archives:
+        images, more = _archives([folder / name for name in content.archives], folder, cache_dir)
         return images, notes + hidden + more
-    if not found.images:
+    if not content.images:
         raise ImageError(
             f"{KEY} {folder}: {'; '.join([f'no image in it, and no .tar archive {_LOOKED_FOR}', *hidden])}"
         )
-    if found.others:
-        notes.append(f"{found.others} files in {folder} have no image's extension and are left out")
-    return ImageList(found.images, LooseFiles(folder, found.images)), notes + hidden
+    if content.others:
+        notes.append(f"{content.others} files in {folder} have no image's extension and are left out")
+    return ImageList(content.images, LooseFiles(folder, content.images)), notes + hidden
 
 
 def _archives(paths: list[Path], named: Path, cache_dir: Path | None) -> tuple[ImageList, list[str]]:

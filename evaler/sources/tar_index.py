@@ -83,19 +83,19 @@ def _archive(path: str) -> Archive:
 
 def _build(archives: list[Archive]) -> TarIndex:
     names: list[str] = []
-    found, offsets, sizes = [], array("q"), array("q")
+    archives_read, offsets, sizes = [], array("q"), array("q")
     total = sum(archive.size for archive in archives)
     with bar(
         None, "indexing", unit="B", unit_scale=True, total=total, delay=2, leave=False, disable=not is_main()
     ) as shown:
         for archive in archives:
-            found.append(_read(archive, names, offsets, sizes, shown.update))
+            archives_read.append(_read(archive, names, offsets, sizes, shown.update))
     double = first_double(names)
     if double is not None:
-        ends = np.cumsum([archive.images for archive in found])
-        one, two = (found[int(np.searchsorted(ends, row, side="right"))].path for row in double)
+        ends = np.cumsum([archive.images for archive in archives_read])
+        one, two = (archives_read[int(np.searchsorted(ends, row, side="right"))].path for row in double)
         raise ImageError(f"{two}: {names[double[1]]} is in {'it twice' if one == two else f'{one} too'}")
-    return TarIndex(found, names, np.array(offsets), np.array(sizes))
+    return TarIndex(archives_read, names, np.array(offsets), np.array(sizes))
 
 
 def _read(archive: Archive, names: list[str], offsets: array, sizes: array, advance: Callable) -> Archive:
@@ -197,10 +197,10 @@ def _load(cache: Path, archives: list[Archive]) -> TarIndex | None:
     header = json.loads(header)
     if header["version"] != VERSION:
         return None
-    found = [Archive(**fields) for fields in header["archives"]]
-    if [Archive(old.path, old.size, old.mtime_ns, old.ctime_ns) for old in found] != archives:
+    archives_known = [Archive(**fields) for fields in header["archives"]]
+    if [Archive(old.path, old.size, old.mtime_ns, old.ctime_ns) for old in archives_known] != archives:
         return None
-    count = sum(archive.images for archive in found)
+    count = sum(archive.images for archive in archives_known)
     offsets, sizes = np.frombuffer(body, "<i8", 2 * count).reshape(2, count).astype(np.int64)
     names = body[16 * count :].decode().split("\n") if count else []
-    return TarIndex(found, names, offsets, sizes)
+    return TarIndex(archives_known, names, offsets, sizes)

@@ -33,8 +33,8 @@ def all_tables(*, calls: int, truth: Path | None = None, path: Path | None = Non
     records = []
     for number in range(calls):  # in turn, so that the calls of one command lie minutes apart
         for arguments in (*TABLES, *(ONCE if number == 0 else ())):
-            own = ("--truth", str(truth)) if truth and arguments[0] == "evaluate" else ()
-            records.append(_call((*arguments, *own)))
+            extra = ("--truth", str(truth)) if truth and arguments[0] == "evaluate" else ()
+            records.append(_call((*arguments, *extra)))
             print(f"{number + 1}/{calls} {' '.join(arguments)}: {records[-1]['ratio']:.2f}", file=sys.stderr)
     if path is not None:
         write_json(path, {"machine": before, "calls": records})
@@ -53,12 +53,12 @@ def _call(arguments: tuple[str, ...]) -> dict:
 
 def rows(records: list[dict]) -> list[str]:
     """Lines of a Markdown table: a row for each case of each benchmark, over all calls of it."""
-    found: dict[tuple[str, str, str], list[dict]] = {}
+    by_row: dict[tuple[str, str, str], list[dict]] = {}
     for record in records:
         for case in record["cases"]:
-            found.setdefault((record["name"], record["mode"], case["case"]), []).append(case)
+            by_row.setdefault((record["name"], record["mode"], case["case"]), []).append(case)
     lines = ["| benchmark | case | ours, s | against, s | ratio | calls x pairs | |", "|---|---|---|---|---|---|---|"]
-    for (name, mode, case), same in found.items():
+    for (name, mode, case), same in by_row.items():
         ours, against = (spread([one[side] for one in same], 3) for side in ("ours", "baseline"))
         ratio = spread([one["ratio"] for one in same], 2)
         pairs = statistics.median_low(one["pairs"] for one in same)

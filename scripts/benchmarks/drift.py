@@ -62,7 +62,7 @@ def _antialiased(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def variants(*, compiled: bool, gpu: bool) -> list[Variant]:
     """The plain network first: that is what the others are compared with."""
-    found = [
+    variants_made = [
         Variant("plain network", network="plain"),
         Variant("fp32"),
         Variant("fp32, batches of 8", batch_size=8),
@@ -73,12 +73,12 @@ def variants(*, compiled: bool, gpu: bool) -> list[Variant]:
         Variant("single scale", scales=(1.0,)),
     ]
     if gpu:  # on a CPU it takes minutes an image
-        found.insert(4, Variant("fp16", network="fp16"))
+        variants_made.insert(4, Variant("fp16", network="fp16"))
         if importlib.util.find_spec("torchvision") is not None:
-            found.append(Variant("JPEGs decoded on the GPU", gpu_jpeg=True))
+            variants_made.append(Variant("JPEGs decoded on the GPU", gpu_jpeg=True))
     if compiled:
-        found.append(Variant("fp32, compiled", network="compiled"))
-    return found
+        variants_made.append(Variant("fp32, compiled", network="compiled"))
+    return variants_made
 
 
 def drift(cfg: CfgNode, *, most: int | None = None, compiled: bool = False) -> list[Row]:
@@ -132,8 +132,8 @@ def _described(
     def run(group: list[tuple[int, np.ndarray]]) -> float:
         start = time.perf_counter()
         pixels = np.stack([image for _, image in group])
-        found = _describe(network, variant, pixels, scales).astype(variant.stored).astype(np.float32)
-        vectors.update(zip((index for index, _ in group), found, strict=True))
+        vectors_made = _describe(network, variant, pixels, scales).astype(variant.stored).astype(np.float32)
+        vectors.update(zip((index for index, _ in group), vectors_made, strict=True))
         counter.add(len(group))
         return time.perf_counter() - start
 

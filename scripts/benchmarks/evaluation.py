@@ -31,21 +31,21 @@ def evaluate_cases(
     """
     labels, images = (_labels(images), images) if truth is None else _read(truth)
     queries, database = _descriptors(labels, images, images + distractors, dim)
-    found: dict[str, dict] = {}
+    scores: dict[str, dict] = {}
 
     def ours() -> None:
-        found["ours"] = evaluate(queries, database, labels, KAPPAS)
+        scores["ours"] = evaluate(queries, database, labels, KAPPAS)
 
     def published() -> None:
-        found["published"] = evaluate_as_published(queries, database, labels)
+        scores["published"] = evaluate_as_published(queries, database, labels)
 
     seconds = [(_processor_seconds(ours), _processor_seconds(published)) for _ in range(runs)]
-    difference = _difference(found["ours"], found["published"])
+    difference = _difference(scores["ours"], scores["published"])
     assert difference <= LARGEST_DIFFERENCE, difference
-    half = _difference(evaluate(queries.astype(np.float16), database.astype(np.float16), labels), found["ours"])
+    half = _difference(evaluate(queries.astype(np.float16), database.astype(np.float16), labels), scores["ours"])
     assert half <= LARGEST_DIFFERENCE_FLOAT16, half
     case = f"{len(queries)} x {len(database):,} x {dim}"
-    note = f"processor time; mAP M {100 * found['ours']['M']['mAP']:.2f}, largest difference {100 * difference:.1e} "
+    note = f"processor time; mAP M {100 * scores['ours']['M']['mAP']:.2f}, largest difference {100 * difference:.1e} "
     note += f"points, float16 {100 * half:.1e}; memory {_peak(ours) >> 20} and {_peak(published) >> 20} MiB"
     yield Case(case, [pair[0] for pair in seconds], [pair[1] for pair in seconds], note)
 

@@ -37,12 +37,12 @@ def _case(queries: int, count: int, against: str, *, dim: int, k: int, seconds: 
             part = rows[start : start + ROWS_A_CHUNK]
             part[:] = rng.standard_normal(part.shape, dtype=np.float32)
             part /= np.linalg.norm(part, axis=1, keepdims=True)
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    results: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     processor: dict[str, list[float]] = {"ours": [], "theirs": []}
 
     def timed(side: str, search) -> None:
         start = time.process_time()
-        found[side] = search()
+        results[side] = search()
         processor[side].append(time.process_time() - start)
 
     if against == "faiss":
@@ -50,12 +50,12 @@ def _case(queries: int, count: int, against: str, *, dim: int, k: int, seconds: 
 
         index = faiss.IndexFlatIP(dim)
         index.add(database)
-        told = f"IndexFlatIP of faiss {faiss.__version__}"
+        peer = f"IndexFlatIP of faiss {faiss.__version__}"
 
         def theirs() -> tuple[np.ndarray, np.ndarray]:
             return index.search(asked, k)
     else:
-        told, images = "torch.topk(q @ db.T)", torch.from_numpy(database)
+        peer, images = "torch.topk(q @ db.T)", torch.from_numpy(database)
 
         def theirs() -> tuple[np.ndarray, np.ndarray]:
             scores, indices = torch.topk(torch.from_numpy(asked) @ images.T, k)
@@ -68,8 +68,10 @@ def _case(queries: int, count: int, against: str, *, dim: int, k: int, seconds: 
         seconds=seconds,
         least=least,
     )
-    assert np.abs(found["ours"][0] - found["theirs"][0]).max() < 1e-5
-    same = np.mean([len(np.intersect1d(a, b)) for a, b in zip(found["ours"][1], found["theirs"][1], strict=True)]) / k
+    assert np.abs(results["ours"][0] - results["theirs"][0]).max() < 1e-5
+    same = (
+        np.mean([len(np.intersect1d(a, b)) for a, b in zip(results["ours"][1], results["theirs"][1], strict=True)]) / k
+    )
     assert same > 0.999, same
     ratio = np.median(processor["theirs"][1:]) / np.median(processor["ours"][1:])
-    return replace(result, note=f"against {told}; of processor time {ratio:.2f}x")
+    return replace(result, note=f"against {peer}; of processor time {ratio:.2f}x")
