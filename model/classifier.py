@@ -18,7 +18,9 @@ class Classifier(DOLG):
         super().__init__(backbone, **descriptor)
         self.desc_cls = head
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(  # type: ignore[override]  # whoever has labels knows that this is a classifier
+        self, images: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | Tensor:
         """Images [B, 3, H, W] and labels [B] -> the head's loss [] and ranks [B]; see `CosineHead.loss`.
 
         Without labels: scaled plain cosines [B, classes].

@@ -13,6 +13,7 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None) -> tuple[Tensor, Ten
     bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach().double()
     if bn is None:
         return weight, bias
+    assert bn.running_mean is not None and bn.running_var is not None, "statistics of the batch cannot be folded"
     factor = bn.weight.detach().double() / (bn.running_var.double() + bn.eps).sqrt()
     return weight * factor[:, None, None, None], (bias - bn.running_mean.double()) * factor + bn.bias.detach().double()
 
@@ -34,6 +35,9 @@ class FusedConv(nn.Module):
     Weights are not packed for oneDNN beforehand: which order it wants depends on the size of the image, and a wrong
     one costs the small levels of the pyramid half as much again (the right one would save 3%).
     """
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,

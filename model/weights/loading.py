@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +74,9 @@ def better_state(content: Mapping, *, source: str) -> tuple[Mapping, str | None]
 
 def _error(value: object) -> float:
     """In percent; 100, as pycls has it, where a file does not tell."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else 100.0
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return 100.0
 
 
 def normalise_names(content: Mapping, *, source: str) -> dict[str, Tensor]:
@@ -226,7 +228,8 @@ def _load(
         _check_finite(key, value, own[key].dtype, source)
     usable = dict(state)
     if CLASS_MATRIX in usable:
-        usable[CLASS_MATRIX] = model.desc_cls.shard(usable[CLASS_MATRIX])
+        head: Any = model.desc_cls
+        usable[CLASS_MATRIX] = head.shard(usable[CLASS_MATRIX])
     model.load_state_dict({**model.state_dict(), **usable}, strict=True)
 
 
@@ -246,7 +249,7 @@ def _listed(keys: Collection[str]) -> str:
     """Few keys by their names, many by their modules (`fc`, `globalmodel.s4`), and how many there are, in one line."""
     names = sorted(keys)
     if len(names) > MOST_LISTED:
-        names = sorted({re.match(rf"({re.escape(BACKBONE)})?[^.]*", key)[0] for key in keys})
+        names = sorted({module[0] for key in keys if (module := re.match(rf"({re.escape(BACKBONE)})?[^.]*", key))})
     names = [name[:100] if name.isprintable() else ascii(name)[:100] for name in names[: MOST_MODULES + 1]]
     shown = ", ".join(names[:MOST_MODULES]) + (", ..." if names[MOST_MODULES:] else "")
     return f"{shown} ({len(keys)} tensor{'s' if len(keys) != 1 else ''})"
