@@ -5,7 +5,6 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -95,9 +94,9 @@ class TrainStep:
             buffer.detach().copy_(value)
 
     def _without_exchange(self) -> contextlib.AbstractContextManager:
-        if isinstance(self.network, DistributedDataParallel):
-            return self.network.no_sync()
-        return contextlib.nullcontext()
+        # torch.compile hides the type of what it wraps, not its methods.
+        no_sync = getattr(self.network, "no_sync", contextlib.nullcontext)
+        return no_sync()
 
     def _update(self, loss: Tensor, number: int, rank: int) -> None:
         self.scaler.unscale_(self.optimizer)

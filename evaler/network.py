@@ -7,6 +7,7 @@ is: a program that loads a network keeps its own settings. A command calls `clai
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,12 +123,34 @@ def device_of(cfg: CfgNode) -> torch.device:
     return torch.device("cpu")
 
 
+_exact_lock, _exact_calls = threading.Lock(), contextlib.ExitStack()
+_exact_count = 0
+
+
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
     """cuDNN does not round the inputs of float32 convolutions to 10 bits; afterwards all is as the program had it.
 
-    For the time of a call, in a process that is not ours. Threads that run convolutions meanwhile get the same.
+    For the time of a call, in a process that is not ours; of several calls at once the first sets it, the last puts it
+    back. Threads that run convolutions meanwhile get the same. What is put back are the values in effect: a program
+    that lets convolutions inherit `torch.backends.fp32_precision`, and changes that later, sets theirs as well.
     """
+    global _exact_count
+    with _exact_lock:
+        _exact_count += 1
+        if _exact_count == 1:
+            _exact_calls.enter_context(_tf32_off())
+    try:
+        yield
+    finally:
+        with _exact_lock:
+            _exact_count -= 1
+            if not _exact_count:
+                _exact_calls.close()
+
+
+@contextlib.contextmanager
+def _tf32_off() -> Iterator[None]:
     cudnn = torch.backends.cudnn
     operators = [cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined]  # the module replaces itself
     before = [operator.fp32_precision for operator in operators]

@@ -18,7 +18,7 @@ ALLOWED = {
     "core/trainer.py train": "training's process",
     "core/processes/launch.py": "training's processes",
     "evaler/network.py claim_process": "called by a command's main",
-    "evaler/network.py without_tf32": "for the time of a call, and put back",
+    "evaler/network.py _tf32_off": "for the time of a call, and put back",
     "evaler/during_training.py _untimed": "training's process; put back afterwards",
     "model/inference.py": "for the time of a call, and put back",
     "datasets/worker.py": "a worker's process",

@@ -181,8 +181,9 @@ def _read_memo(memo: Path) -> _Origin | None:
         origin = _Origin(**json.loads(memo.read_bytes()))
     except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
-    whole = isinstance(origin.validator, str) and (origin.size is None or type(origin.size) is int)
-    return origin if whole else None
+    if not origin.validator or not isinstance(origin.validator, str):
+        return None  # an empty `ETag:` tells no versions apart
+    return origin if origin.size is None or type(origin.size) is int else None
 
 
 def _request(url: str, have: int, origin: _Origin | None) -> tuple[http.client.HTTPResponse, int]:
@@ -190,7 +191,7 @@ def _request(url: str, have: int, origin: _Origin | None) -> tuple[http.client.H
     # Blanks and non-ASCII letters are escaped; what is escaped already stays.
     request = urllib.request.Request(urllib.parse.quote(url, safe=string.punctuation))
     if origin is not None:
-        assert have and origin.validator, "nothing to go on from"  # `_read_memo` gives no other
+        assert origin.validator is not None  # `_read_memo` gives no other
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", origin.validator)
     try:

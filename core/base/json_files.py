@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.base.errors import UserError
 from core.base.files import atomic_write
+from core.base.terminal import reason_of
 
 MOST_BYTES = 2**30
 MOST_DEPTH = 16
@@ -31,9 +32,11 @@ def parse(data: bytes) -> object:
     """
     try:
         value = json.loads(data.decode())
+        _check(value)
     except RecursionError:
         raise UserError("nested too deeply") from None
-    _check(value)
+    except (json.JSONDecodeError, UnicodeError) as error:
+        raise UserError(reason_of(error)) from None
     return value
 
 
@@ -59,7 +62,7 @@ def _check(value: object) -> None:
 
 
 def write_json(path: str | os.PathLike, record: object, *, sort_keys: bool = False) -> None:
-    """Write a file of JSON, by `atomic_write`. Raises UserError for numbers that are not finite."""
+    """Write a file of JSON, by `atomic_write`. Raises ValueError for numbers that are not finite, a defect of ours."""
     content = json.dumps(record, indent=1, sort_keys=sort_keys, allow_nan=False)
     with atomic_write(path) as file:
         file.write(content.encode() + b"\n")

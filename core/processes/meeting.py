@@ -81,7 +81,7 @@ def meet(store: dist.Store, here: Place, timeout: datetime.timedelta, *, device:
     processes have the same `device`, `Failure` if not all come within `timeout`.
     """
     name = f"{uuid.uuid4().hex}|{device}"
-    store.set(f"dolg/name/{here.rank}", name)
+    _asked(lambda: store.set(f"dolg/name/{here.rank}", name), here)
     deadline = time.monotonic() + timeout.total_seconds()
     if here.rank == 0:
         first, others = name, [f"dolg/name/{rank}" for rank in range(1, here.world)]
@@ -100,14 +100,14 @@ def meet(store: dist.Store, here: Place, timeout: datetime.timedelta, *, device:
             return True
 
         _poll(all_have_joined, here, deadline)
-        before = store.add("dolg/starts", 1) - 1
-        store.set(f"{first}/complete", str(before))
+        before = _asked(lambda: store.add("dolg/starts", 1), here) - 1
+        _asked(lambda: store.set(f"{first}/complete", str(before)), here)
     else:
         _poll(lambda: store.check([f"dolg/answer/{name}"]), here, deadline)
-        first = store.get(f"dolg/answer/{name}").decode()
-        store.set(f"{first}/joined/{name}", "")
+        first = _asked(lambda: store.get(f"dolg/answer/{name}"), here).decode()
+        _asked(lambda: store.set(f"{first}/joined/{name}", ""), here)
         _poll(lambda: store.check([f"{first}/complete"]), here, deadline)
-        before = int(store.get(f"{first}/complete"))
+        before = int(_asked(lambda: store.get(f"{first}/complete"), here))
     return dist.PrefixStore(first, store), before
 
 
@@ -120,9 +120,10 @@ def _poll(done: Callable[[], bool], here: Place, deadline: float) -> None:
         time.sleep(PAUSE)
 
 
-def _asked(done: Callable[[], bool], here: Place) -> bool:
+def _asked(question: Callable[[], Any], here: Place) -> Any:
+    """`_answer`; raises `Failure` for a store that is gone or silent."""
     try:
-        return _answer(done)
+        return _answer(question)
     except (dist.DistError, TimeoutError) as error:
         raise Failure(f"process {here.rank} of {here.world} lost the others at the start ({one_line(error)})") from None
 

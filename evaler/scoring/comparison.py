@@ -11,6 +11,7 @@ from core.base.json_files import write_json
 from evaler.scoring.score import SAME, Score, read
 
 SAMPLES = 10_000
+AT_ONCE = 2**20  # values drawn at once: a labelled set has as many queries as images
 CONFIDENCE = 95  # percent
 TELLS_NOTHING = ("weights", "extracted_by", "scored_by")  # where the file lay, and which code
 
@@ -42,9 +43,13 @@ def compare_queries(a: np.ndarray, b: np.ndarray, *, samples: int = SAMPLES, see
     if not len(a):
         raise UserError("there is no query to compare")
     change = b - a
-    drawn = np.random.default_rng(seed).integers(0, len(change), (samples, len(change)))
+    random, rows = np.random.default_rng(seed), max(1, AT_ONCE // len(change))
+    means = [
+        change[random.integers(0, len(change), (min(rows, samples - start), len(change)))].mean(axis=1)
+        for start in range(0, samples, rows)
+    ]
     edge = (100 - CONFIDENCE) / 2
-    low, high = np.percentile(change[drawn].mean(axis=1), [edge, 100 - edge])
+    low, high = np.percentile(np.concatenate(means), [edge, 100 - edge])
     better, worse = int((change > 0).sum()), int((change < 0).sum())
     return Difference(float(a.mean()), float(b.mean()), float(low), float(high), better, worse, len(change))
 

@@ -223,6 +223,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("recognition needs --labels, retrieval takes none")
     if args.voting < 1:
         parser.error(f"--voting {args.voting}: must be at least 1")
+    for path in (args.solution, args.labels) if args.json else ():
+        if path is not None and not path.is_file():
+            raise UserError(f"{path}: --json writes its sha256, so it must be a file, not a pipe")
     solution = read_solution(args.solution, "images" if args.task == "retrieval" else "landmarks")
     labels = read_train_labels(args.labels) if args.labels else {}
     asked_place, searched_place = (find_collection(place) for place in (args.queries, args.searched))

@@ -18,6 +18,17 @@ from revisitop.protocol import SETTING_NAMES
 
 REVISITED = "revisited"
 # What makes two scores incomparable; everything else on the card is what one may want to compare.
+RESERVED = (
+    "unit",
+    "dataset",
+    "provenance",
+    "query_names",
+    "ground_truth_sha256",
+    "card",
+    "protocol",
+    "metric",
+    "settings",
+)
 SAME = ("set", "gallery", "distractors", "ground_truth_sha256")
 
 
@@ -88,7 +99,6 @@ class Score:
         names = _names(record)
         if not isinstance(record, dict) or names is None or not _is_score(record, names):
             raise ScoreError(f"{source}: not a score of evaler/evaluate*.py, or one of an older version; score again")
-        known = {"unit", "dataset", "provenance", "query_names", "ground_truth_sha256", "card", "protocol", "metric"}
         return cls(
             protocol=record.get("protocol", REVISITED),
             metric=record.get("metric", "mAP"),
@@ -100,7 +110,7 @@ class Score:
             },
             card=record["card"],
             provenance=Provenance.from_json(record.get("provenance", {})),
-            counts={key: value for key, value in record.items() if key not in known | {"settings", *names}},
+            counts={key: value for key, value in record.items() if key not in {*RESERVED, *names}},
         )
 
 
@@ -121,7 +131,7 @@ def _names(record: object) -> Mapping[str, str] | None:
         return None
     names = record.get("settings", SETTING_NAMES)
     texts = isinstance(names, dict) and names and all(isinstance(name, str) for name in names.values())
-    return names if texts else None
+    return names if texts and not names.keys() & set(RESERVED) else None
 
 
 def _is_score(record: dict, names: Mapping[str, str]) -> bool:

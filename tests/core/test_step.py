@@ -178,3 +178,19 @@ def test_a_gradient_too_long_to_measure_ends_a_float16_run_too():
     step.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     step(*batch(0), number=7)
     assert step.first_bad.tolist() == [7, 0]
+
+
+def test_parts_of_a_batch_are_exchanged_once_also_when_compiled(tmp_path):
+    """torch.compile wraps DDP, and only DDP knows how not to exchange."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for compiled in (False, True):
+            network = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+            step = TrainStep.__new__(TrainStep)
+            step.network = torch.compile(network) if compiled else network
+            with step._without_exchange():
+                assert not network.require_backward_grad_sync
+            assert network.require_backward_grad_sync
+    finally:
+        torch.distributed.destroy_process_group()

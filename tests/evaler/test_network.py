@@ -12,6 +12,7 @@ from evaler.extraction import command as extract
 from evaler.features.provenance import Provenance, Purpose
 from evaler.features.store import Features
 from evaler.indexing.search import describe_files
+from evaler.network import without_tf32
 from evaler.pages.attention_maps import attention_map, load_network
 from model.dolg import DOLG
 from tests.evaler.test_describer import write_weights
@@ -117,3 +118,15 @@ def test_a_file_and_its_configuration_give_one_provenance(cfg):
     assert by_cfg.threads == 1 and by_cfg.chunk_size is None and by_cfg.decoder is None and by_cfg.device == "CPU"
     recorded = {setting.name for setting in dataclasses.fields(Provenance) if getattr(by_cfg, setting.name)}
     assert recorded >= {"weights", "weights_sha256", "depth", "scales", "torch", "code_version", "batch_size"}
+
+
+def test_calls_at_once_put_tf32_back_when_the_last_of_them_ends(monkeypatch):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    one, other = without_tf32(), without_tf32()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert cudnn.allow_tf32 is False
+    other.__exit__(None, None, None)
+    assert cudnn.allow_tf32 is True

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -89,6 +90,9 @@ def test_other_queries():
         json.dumps({**A, "M": {"aps": [1, 2, "3"]}}).encode(),
         json.dumps({**A, "M": {"aps": [1, 2, float("nan")]}}).encode(),
         json.dumps({**A, "H": None}).encode(),
+        json.dumps(
+            {**A, "settings": {"card": "c"}, "card": {**A["card"], "aps": [1] * len(A["query_names"])}}
+        ).encode(),
     ],
 )
 def test_files_that_are_no_scores(tmp_path, content):
@@ -113,3 +117,14 @@ def test_the_command(tmp_path, capsys):
         main([str(paths[0]), str(tmp_path / "absent.json")])
     assert caught.value.code == 2
     assert "absent.json: no such file; evaler/evaluate.py writes" in capsys.readouterr().err
+
+
+def test_a_set_of_many_queries_takes_little_memory():
+    """A labelled set has as many queries as images."""
+    a, b = np.zeros(20_000), np.random.default_rng(0).uniform(0, 100, 20_000)
+    tracemalloc.start()
+    difference = compare_queries(a, b, samples=500)
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+    deviation = b.std() / len(b) ** 0.5  # of the mean, by the central limit theorem
+    np.testing.assert_allclose(difference.high - difference.low, 2 * 1.96 * deviation, rtol=0.15)
