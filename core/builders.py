@@ -17,8 +17,8 @@ from core.base.errors import UserError
 from core.base.files import sha256_file
 from core.checkpoints.checkpoint import newest_checkpoint
 from core.checkpoints.saved_settings import check_saved_settings, network_settings, read_saved
-from core.freeze import Frozen
-from core.optimizer import build_adamw, build_sgd, parameter_groups
+from core.config_values import find
+from core.optimizer import Frozen, build_adamw, build_sgd, parameter_groups
 from core.processes.distributed import rank, world_size
 from core.schedule import learning_rate
 from core.step import TrainStep
@@ -26,10 +26,10 @@ from datasets.device import DeviceBatches
 from datasets.landmark import LandmarkDataset
 from datasets.loader import ImageLoader, TestBatches, TrainBatches, make_loader
 from datasets.transforms import FastTrainTransform, TestTransform, TrainTransform
+from model.backbones import BACKBONES
 from model.classifier import Classifier
 from model.dolg import DOLG
 from model.margin import build_head
-from model.resnet import ResNet
 from model.weights.loading import better_state, load_initial, load_strict, normalise_names, read_checkpoint
 
 B = TypeVar("B", TrainBatches, TestBatches)
@@ -38,17 +38,9 @@ _ddp_arguments = inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _ddp_arguments else "broadcast_buffers"
 
 
-def _backbone(cfg: CfgNode) -> ResNet:
-    return ResNet(
-        cfg.MODEL.DEPTH,
-        groups=cfg.RESNET.NUM_GROUPS,
-        width_per_group=cfg.RESNET.WIDTH_PER_GROUP,
-        stride_1x1=cfg.RESNET.STRIDE_1X1,
-        bn_eps=cfg.BN.EPS,
-        bn_momentum=cfg.BN.MOM,
-        zero_init_final_gamma=cfg.BN.ZERO_INIT_FINAL_GAMMA,
-        relu_inplace=cfg.MEM.RELU_INPLACE,
-    )
+def _backbone(cfg: CfgNode) -> nn.Module:
+    backbone = BACKBONES[cfg.MODEL.TYPE]
+    return backbone.layers()(**{argument: find(cfg, key) for argument, key in backbone.settings.items()})
 
 
 def _descriptor_settings(cfg: CfgNode) -> dict:
@@ -174,9 +166,10 @@ def list_hashes(cfg: CfgNode) -> dict[str, str]:
     return {name: sha256_file(root / part.DATASET / part.SPLIT) for name, part in named.items() if part.SPLIT}
 
 
-def freeze(cfg: CfgNode, model: Classifier) -> Frozen:
+def freeze(cfg: CfgNode, model: DOLG) -> Frozen:
     """Hold the parts of the backbone still that are not to be trained."""
-    return Frozen(model.globalmodel, stages=cfg.TRAIN.FREEZE_AT, batch_norm=cfg.TRAIN.FREEZE_BN)
+    stages = BACKBONES[cfg.MODEL.TYPE].stages[: cfg.TRAIN.FREEZE_AT]
+    return Frozen(model.globalmodel, stages=stages, batch_norm=cfg.TRAIN.FREEZE_BN)
 
 
 def _parameter_groups(cfg: CfgNode, model: Classifier) -> list[dict]:

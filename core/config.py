@@ -10,18 +10,18 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from core.config_checks import check
+from core.config_checks import check, derived
 from core.config_values import ConfigError, find, is_ignored, merge_overrides, merge_yaml, suggestion
 
 _C = CfgNode()
 
 # --------------------------------------------------------------------------------------------------------- model
 _C.MODEL = CfgNode()
-_C.MODEL.TYPE = "resnet"  # the only backbone family
-_C.MODEL.DEPTH = 50  # 18, 34, 50, 101 or 152
+_C.MODEL.TYPE = "resnet"  # backbone family, a row of model/backbones.py
+_C.MODEL.DEPTH = 50  # ResNet: 18, 34, 50, 101 or 152
 _C.MODEL.NUM_CLASSES = 81313  # landmarks of the training list; GLDv2-clean has 81,313
-_C.MODEL.S3_DIM = 1024  # channels of f3, the input of the local branch (256 for ResNet-18/34)
-_C.MODEL.S4_DIM = 2048  # channels of f4, the input of the global branch (512 for ResNet-18/34)
+_C.MODEL.S3_DIM = 0  # channels of f3, the input of the local branch; 0: those of the backbone, and no other value fits
+_C.MODEL.S4_DIM = 0  # channels of f4, the input of the global branch; likewise
 _C.MODEL.WITH_MA = False  # multi-atrous module in the local branch; the paper's model has it
 _C.MODEL.FUSION = "orthogonal"  # orthogonal (DOLG) | global (GeM and fc alone, the baseline to compare with)
 
@@ -31,7 +31,7 @@ _C.MODEL.GEM.TRAINABLE = True  # the release trains p; the paper holds it at 3
 
 _C.MODEL.HEADS = CfgNode()
 _C.MODEL.HEADS.CLS_LAYER = "arcface"  # arcface | curricularface (the release's) | cosine; `linear` was never read
-_C.MODEL.HEADS.IN_FEAT = 2048  # input of fc: 2 * S3_DIM for the orthogonal fusion, S4_DIM for the global one
+_C.MODEL.HEADS.IN_FEAT = 0  # input of fc, likewise: 2 * S3_DIM for the orthogonal fusion, S4_DIM for the global one
 _C.MODEL.HEADS.REDUCTION_DIM = 512  # dimension of the descriptor
 _C.MODEL.HEADS.MARGIN = 0.15  # angular margin m in radians
 _C.MODEL.HEADS.SCALE = 128.0  # scale s of the logits; the paper and all our recipes use 30
@@ -41,7 +41,7 @@ _C.MODEL.LOSSES = CfgNode()
 _C.MODEL.LOSSES.NAME = "cross_entropy"  # the only loss
 
 _C.RESNET = CfgNode()
-_C.RESNET.TRANS_FUN = "bottleneck_transform"  # basic_transform for depth 18 and 34 (the release's default, for all)
+_C.RESNET.TRANS_FUN = ""  # likewise: basic_transform for depth 18 and 34, bottleneck_transform for the others
 _C.RESNET.NUM_GROUPS = 1  # groups of the 3x3 convolution; more than 1 makes a ResNeXt
 _C.RESNET.WIDTH_PER_GROUP = 64  # 64 for ResNet, 4 for ResNeXt 32x4d
 _C.RESNET.STRIDE_1X1 = True  # stride in the 1x1 convolution; every published weight file needs False
@@ -195,7 +195,7 @@ def get_cfg() -> CfgNode:
 
 
 def load_cfg(path: str | os.PathLike | None, overrides: list[str] | tuple[str, ...] = ()) -> CfgNode:
-    """Merge a YAML file and `KEY VALUE ...` overrides into the defaults, check the result and freeze it.
+    """Merge a YAML file and `KEY VALUE ...` overrides into the defaults, check and complete the result, and freeze it.
 
     Keys that have no effect here are reported on stderr. Raises `ConfigError` for a missing or malformed file,
     unknown keys, values of a wrong type and settings that contradict each other.
@@ -204,6 +204,7 @@ def load_cfg(path: str | os.PathLike | None, overrides: list[str] | tuple[str, .
     notes = merge_yaml(cfg, Path(path), defaults=defaults) if path is not None else []
     notes += merge_overrides(cfg, list(overrides), defaults=defaults)
     check(cfg)
+    cfg.merge_from_list([part for setting in derived(cfg).items() for part in setting])
     _expand_paths(cfg)
     cfg.freeze()
     if os.environ.get("RANK", "0") == "0":

@@ -2,25 +2,21 @@
 
 import math
 import os
+from collections.abc import Collection, Iterator
 
 from yacs.config import CfgNode
 
-from core.config_values import ConfigError
+from core.config_values import ConfigError, find
+from model.backbones import BACKBONES
 
-BASIC_DEPTHS = (18, 34)
-BOTTLENECK_DEPTHS = (50, 101, 152)
 CHOICES = {
-    "MODEL.TYPE": ("resnet",),
-    "MODEL.DEPTH": BASIC_DEPTHS + BOTTLENECK_DEPTHS,
     "MODEL.FUSION": ("orthogonal", "global"),
     "MODEL.HEADS.CLS_LAYER": ("arcface", "curricularface", "cosine"),
     "MODEL.LOSSES.NAME": ("cross_entropy",),
-    "RESNET.TRANS_FUN": ("basic_transform", "bottleneck_transform"),
     "OPTIM.OPTIMIZER": ("sgd", "adamw"),
     "OPTIM.LR_POLICY": ("cos", "steps", "exp"),
     "TRAIN.PRECISION": ("fp32", "tf32", "bf16", "fp16"),
     "TRAIN.SAMPLING": ("uniform", "class_balanced"),
-    "TRAIN.FREEZE_AT": (0, 1, 2, 3, 4, 5),
     "DATA_LOADER.MODE": ("exact", "fast"),
     "INFER.PRECISION": ("fp32", "bf16", "fp16"),
     "INFER.DTYPE": ("float32", "float16"),
@@ -91,16 +87,16 @@ MIN_IM_SIZE = 32
 
 def check(cfg: CfgNode) -> None:
     """Raise `ConfigError` naming the key and the mend for the first setting that cannot work."""
-    for key, choices in CHOICES.items():
-        if _get(cfg, key) not in choices:
-            raise ConfigError(f"{key} {_get(cfg, key)} is not one of: {', '.join(map(str, choices))}")
+    for key, choices in _choices(cfg):
+        if find(cfg, key) not in choices:
+            raise ConfigError(f"{key} {find(cfg, key)} is not one of: {', '.join(map(str, choices))}")
     for keys, low, words in ((AT_LEAST_ONE, 1, "at least 1"), (NOT_NEGATIVE, 0, "0 or more")):
         for key in keys:
-            if not low <= _get(cfg, key) < math.inf:
-                raise ConfigError(f"{key} is {_get(cfg, key)}, it must be {words}")
+            if not low <= find(cfg, key) < math.inf:
+                raise ConfigError(f"{key} is {find(cfg, key)}, it must be {words}")
     for key in POSITIVE:
-        if not 0 < _get(cfg, key) < math.inf:
-            raise ConfigError(f"{key} is {_get(cfg, key)}, it must be above 0")
+        if not 0 < find(cfg, key) < math.inf:
+            raise ConfigError(f"{key} is {find(cfg, key)}, it must be above 0")
     if cfg.SEARCH.URI and cfg.SEARCH.INDEX:
         raise ConfigError("SEARCH.INDEX and SEARCH.URI are two ways to search, faiss and Milvus; leave one empty")
     if not 0 <= cfg.BN.MOM <= 1:
@@ -114,25 +110,29 @@ def check(cfg: CfgNode) -> None:
     _check_extraction(cfg)
 
 
+def _choices(cfg: CfgNode) -> Iterator[tuple[str, Collection]]:
+    yield from CHOICES.items()
+    yield "MODEL.TYPE", BACKBONES
+    backbone = BACKBONES[cfg.MODEL.TYPE]
+    yield "MODEL.DEPTH", backbone.sizes
+    yield "TRAIN.FREEZE_AT", range(len(backbone.stages) + 1)
+
+
+def derived(cfg: CfgNode) -> dict[str, int | str]:
+    """The settings that backbone and fusion decide."""
+    size = BACKBONES[cfg.MODEL.TYPE].sizes[cfg.MODEL.DEPTH]
+    in_feat = 2 * size.f3 if cfg.MODEL.FUSION == "orthogonal" else size.f4
+    return {"MODEL.S3_DIM": size.f3, "MODEL.S4_DIM": size.f4, "MODEL.HEADS.IN_FEAT": in_feat, **size.implied}
+
+
 def _check_model(cfg: CfgNode) -> None:
-    depth, basic = cfg.MODEL.DEPTH, cfg.MODEL.DEPTH in BASIC_DEPTHS
-    needed = "basic_transform" if basic else "bottleneck_transform"
-    if needed != cfg.RESNET.TRANS_FUN:
-        raise ConfigError(f"MODEL.DEPTH {depth} needs RESNET.TRANS_FUN {needed}, not {cfg.RESNET.TRANS_FUN}")
-    if basic and (cfg.RESNET.NUM_GROUPS, cfg.RESNET.WIDTH_PER_GROUP) != (1, 64):
-        raise ConfigError(f"MODEL.DEPTH {depth} has basic blocks: RESNET.NUM_GROUPS 1 and WIDTH_PER_GROUP 64 only")
-    s3, s4 = (256, 512) if basic else (1024, 2048)
-    if (cfg.MODEL.S3_DIM, cfg.MODEL.S4_DIM) != (s3, s4):
-        raise ConfigError(
-            f"MODEL.S3_DIM {cfg.MODEL.S3_DIM} and S4_DIM {cfg.MODEL.S4_DIM} do not fit: "
-            f"a ResNet-{depth} has S3_DIM {s3} and S4_DIM {s4}"
-        )
-    in_feat = 2 * s3 if cfg.MODEL.FUSION == "orthogonal" else s4
-    if in_feat != cfg.MODEL.HEADS.IN_FEAT:
-        raise ConfigError(
-            f"MODEL.HEADS.IN_FEAT {cfg.MODEL.HEADS.IN_FEAT} does not fit: "
-            f"a ResNet-{depth} with MODEL.FUSION {cfg.MODEL.FUSION} needs {in_feat}"
-        )
+    for key, needed in derived(cfg).items():
+        value, not_given = find(cfg, key), type(needed)()
+        if value not in (needed, not_given):
+            raise ConfigError(
+                f"{key} {value} does not fit: a {BACKBONES[cfg.MODEL.TYPE].title} of MODEL.DEPTH {cfg.MODEL.DEPTH} "
+                f"with MODEL.FUSION {cfg.MODEL.FUSION} has {needed}; leave the key out"
+            )
     if cfg.MODEL.FUSION == "global" and cfg.MODEL.WITH_MA:
         raise ConfigError("MODEL.FUSION global has no local branch: set MODEL.WITH_MA False")
     if not cfg.MODEL.HEADS.MARGIN < math.pi / 2:
@@ -178,7 +178,7 @@ def check_split(cfg: CfgNode, processes: int) -> None:
 
 
 def _trains_batch_norm_of_f4(cfg: CfgNode) -> bool:
-    return not cfg.TRAIN.FREEZE_BN and cfg.TRAIN.FREEZE_AT < 5
+    return not cfg.TRAIN.FREEZE_BN and cfg.TRAIN.FREEZE_AT < len(BACKBONES[cfg.MODEL.TYPE].stages)
 
 
 def _check_optimizer(cfg: CfgNode) -> None:
@@ -205,9 +205,3 @@ def _check_extraction(cfg: CfgNode) -> None:
         raise ConfigError(f"INFER.NUM_WORKERS is {cfg.INFER.NUM_WORKERS}, it must be 0 or more, or -1")
     if not set(cfg.INFER.EXPORT) <= set(EXPORTS):
         raise ConfigError(f"INFER.EXPORT {cfg.INFER.EXPORT} must be some of: {', '.join(EXPORTS)}")
-
-
-def _get(cfg: CfgNode, key: str):
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from yacs.config import CfgNode
 
 from core import builders
-from core.freeze import Frozen
 from core.processes.distributed import world_size
 from core.step import AUTOCAST
 
@@ -101,7 +100,7 @@ def _network_peak(cfg: CfgNode, batch: int, *, train: bool) -> int:
     size, autocast = cfg.TRAIN.IM_SIZE, AUTOCAST.get(cfg.TRAIN.PRECISION) if train else None
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         model = builders.build_descriptor(cfg).train(train)
-        Frozen(model.globalmodel, stages=cfg.TRAIN.FREEZE_AT, batch_norm=cfg.TRAIN.FREEZE_BN).keep_statistics()
+        builders.freeze(cfg, model).keep_statistics()
         images = torch.empty(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)  # so that theirs are not counted

@@ -1,6 +1,7 @@
-"""The optimiser: SGD or AdamW over the parameters that are trained, in groups with their own rate and decay."""
+"""What is trained, and the optimiser: SGD or AdamW over groups of parameters with their own rate and decay."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,23 @@ def _never_compiled(kind: type[AnyOptimizer]) -> type[AnyOptimizer]:
 
 SGD = _never_compiled(torch.optim.SGD)
 AdamW = _never_compiled(torch.optim.AdamW)
+
+
+class Frozen:
+    """Holds the submodules `stages` of a backbone still, and with `batch_norm` all of its batch norm."""
+
+    def __init__(self, backbone: nn.Module, *, stages: Sequence[str] = (), batch_norm: bool = False):
+        still = [backbone.get_submodule(name) for name in stages]
+        if batch_norm:
+            still += [module for module in backbone.modules() if isinstance(module, BATCH_NORM)]
+        for module in still:
+            module.requires_grad_(False)
+        self.layers = [m for module in still for m in module.modules() if isinstance(m, BATCH_NORM)]
+
+    def keep_statistics(self) -> None:
+        """Call after `model.train()`: frozen batch norm computes with its running statistics and leaves them alone."""
+        for layer in self.layers:
+            layer.eval()
 
 
 def parameter_groups(

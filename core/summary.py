@@ -11,6 +11,7 @@ from yacs.config import CfgNode
 
 from core.base.version import code_version
 from core.processes.distributed import world_size
+from model.backbones import BACKBONES
 
 # Batch and rate of the recipes that are known to train: the published YAML, and the paper's section 4.1.
 KNOWN_RATES = ((64, 0.01), (128, 0.05))
@@ -32,7 +33,7 @@ def start_report(
     lines = [
         f"code {code_version()}, torch {torch.__version__}, {world} x {kind}, {cfg.TRAIN.PRECISION}"
         + (", compiled" if cfg.TRAIN.COMPILE else ""),
-        f"ResNet-{cfg.MODEL.DEPTH}, {parameters / 1e6:.2f} million parameters{still}, "
+        f"{BACKBONES[cfg.MODEL.TYPE].title}-{cfg.MODEL.DEPTH}, {parameters / 1e6:.2f} million parameters{still}, "
         f"{gflops:.2f} GFLOPs (2 a multiply-add) for the descriptor of {cfg.TRAIN.IM_SIZE} x {cfg.TRAIN.IM_SIZE} px, "
         f"{cfg.MODEL.HEADS.CLS_LAYER} head",
         f"{len(labels)} images of {len(present)} classes to train, "

@@ -23,7 +23,6 @@ from core.base.version import code_version
 from core.builders import build_descriptor, load_tested_weights
 from core.checkpoints.saved_settings import network_settings, read_saved
 from core.config import get_cfg, load_cfg
-from core.config_checks import BASIC_DEPTHS
 from core.processes.place import device_index, place
 from evaler.features.provenance import Provenance
 from model.dolg import DOLG
@@ -105,8 +104,6 @@ def settings_of(path: str | os.PathLike) -> list[str]:
     settings: dict[str, object] = {"RESNET.STRIDE_1X1": False}  # as in every published file
     settings |= network_settings(read_saved(content.get("cfg"))[0], source=str(path))
     settings |= architecture(normalise_names(content, source=str(path)))
-    if settings.get("MODEL.DEPTH") in BASIC_DEPTHS:
-        settings |= {"RESNET.TRANS_FUN": "basic_transform", "MODEL.S3_DIM": 256, "MODEL.S4_DIM": 512}
     return [str(part) for setting in settings.items() for part in setting]
 
 

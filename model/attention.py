@@ -1,9 +1,11 @@
 """The local branch: optional multi-atrous module, then self-attention."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.aspp import MultiAtrous
+from model.folding import FusedConv, How
 from model.resnet import init_convolutions
 
 
@@ -40,3 +42,27 @@ class LocalBranch(nn.Module):
         attention = F.softplus(self.conv2(F.relu(x)))
         # The descriptors are normalised before the ReLU, as released.
         return attention * F.normalize(x, dim=1), attention
+
+    def arranged(self, how: How) -> "ArrangedLocalBranch":
+        return ArrangedLocalBranch(self, how)
+
+
+class ArrangedLocalBranch(nn.Module):
+    """`LocalBranch` for inference, which is asked only for the mean of the local descriptors over space."""
+
+    def __init__(self, local: LocalBranch, how: How):
+        super().__init__()
+        self.aspp = None if local.aspp is None else local.aspp.arranged(how)
+        self.conv1 = FusedConv.of(local.conv1, local.bn, how=how)
+        self.conv2 = nn.Linear(local.conv1.out_channels, 1)
+        self.conv2.weight.copy_(local.conv2.weight.flatten(1))
+        self.conv2.bias.copy_(local.conv2.bias)
+
+    def forward(self, f3: Tensor) -> tuple[Tensor, None]:
+        """f3 [B, C, H, W] -> the mean, float32 [B, C, 1, 1], and no attention map."""
+        x = self.conv1(f3 if self.aspp is None else self.aspp(f3))
+        x = x.permute(0, 2, 3, 1).flatten(1, 2).float()  # [B, H W, C]
+        attention = F.softplus(self.conv2(F.relu(x)))
+        # The maps themselves need not be normalised and weighed if the sum over them is.
+        length = torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(1e-12)
+        return (((attention / length).mT @ x).squeeze(1) / x.shape[1])[:, :, None, None], None

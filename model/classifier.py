@@ -1,10 +1,9 @@
 """The network as it is trained: descriptor and classification head in one forward, as DDP wants it."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.dolg import DOLG
 from model.margin import CosineHead
-from model.resnet import ResNet
 
 
 class Classifier(DOLG):
@@ -14,7 +13,7 @@ class Classifier(DOLG):
     uses `DOLG` and needs neither head nor labels.
     """
 
-    def __init__(self, backbone: ResNet, head: CosineHead, **descriptor):
+    def __init__(self, backbone: nn.Module, head: CosineHead, **descriptor):
         super().__init__(backbone, **descriptor)
         self.desc_cls = head
 

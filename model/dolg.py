@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from model.attention import LocalBranch
 from model.fusion import orthogonal_fusion
 from model.gem import GeM
-from model.resnet import ResNet
 
 
 class DOLG(nn.Module):
     """Descriptor network.
 
     Args:
-        backbone: gives f3 and f4.
+        backbone: gives f3 and f4; what it has to have: `Backbone` in model/backbones.py.
         dim: dimension of the descriptor.
         with_ma: multi-atrous module in the local branch.
         fusion: `orthogonal` (DOLG), or `global` for GeM and `fc` alone, the baseline without local branch.
@@ -25,7 +24,7 @@ class DOLG(nn.Module):
 
     def __init__(
         self,
-        backbone: ResNet,
+        backbone: nn.Module,
         *,
         dim: int = 512,
         with_ma: bool = False,
@@ -37,7 +36,7 @@ class DOLG(nn.Module):
     ):
         super().__init__()
         assert fusion in ("orthogonal", "global"), fusion
-        f3_dim, f4_dim = backbone.widths[2:]
+        f3_dim, f4_dim = backbone.widths[-2:]
         with_local = fusion == "orthogonal"
         # In the published order: the optimiser's state in a checkpoint knows the parameters by their number only.
         self.pool_g = GeM(gem_p, trainable=gem_trainable)
@@ -50,9 +49,13 @@ class DOLG(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised BGR images [B, 3, H, W] -> descriptors [B, dim], not normalised."""
+        return self.fc(self.fused(images))
+
+    def fused(self, images: Tensor) -> Tensor:
+        """What `fc` reads: global and local half [B, 2 f3_dim], or for the global fusion [B, f4_dim]."""
         f3, f4 = self.globalmodel(images)
         pooled = self.pool_g(f4)
         if self.localmodel is None:
-            return self.fc(pooled)
+            return pooled
         local, _ = self.localmodel(f3)
-        return self.fc(orthogonal_fusion(local, self.fc_t(pooled)))
+        return orthogonal_fusion(local, self.fc_t(pooled))

@@ -1,6 +1,7 @@
 """Convolutions as they are applied when nothing is trained any more: BN within the weights, ReLU and sum fused."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,13 @@ def can_fuse(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+class How(NamedTuple):
+    """How a network's convolutions are computed when it is arranged for inference."""
+
+    dtype: torch.dtype
+    fused: bool  # by oneDNN's convolutions with ReLU and sum, see `can_fuse`
+
+
 class FusedConv(nn.Module):
     """relu(conv(x) + add), where ReLU and `add` are optional. Weight and bias are rounded to `dtype` once.
 
@@ -44,8 +52,7 @@ class FusedConv(nn.Module):
         weight: Tensor,
         bias: Tensor | None = None,
         *,
-        dtype: torch.dtype,
-        fused: bool,
+        how: How,
         relu: bool = False,
         stride: Sequence[int] = (1, 1),
         padding: Sequence[int] = (0, 0),
@@ -53,23 +60,15 @@ class FusedConv(nn.Module):
         groups: int = 1,
     ):
         super().__init__()
-        self.register_buffer("weight", weight.to(dtype).contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        self.register_buffer("weight", weight.to(how.dtype).contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", None if bias is None else bias.to(how.dtype))
         self.geometry = list(stride), list(padding), list(dilation), groups
-        self.relu, self.fused = relu, fused
+        self.relu, self.fused = relu, how.fused
 
     @classmethod
-    def of(
-        cls,
-        conv: nn.Conv2d,
-        bn: nn.BatchNorm2d | None = None,
-        *,
-        relu: bool = False,
-        dtype: torch.dtype,
-        fused: bool,
-    ) -> "FusedConv":
+    def of(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d | None = None, *, how: How, relu: bool = False) -> "FusedConv":
         geometry = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
-        return cls(*fold(conv, bn), relu=relu, dtype=dtype, fused=fused, **geometry)
+        return cls(*fold(conv, bn), how=how, relu=relu, **geometry)
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """[B, I, H, W] -> [B, O, H', W']. `add`, of the result's shape, is overwritten."""

@@ -5,9 +5,14 @@ for Deep Neural Networks (CVPR 2017). Names follow pycls (https://github.com/fac
 ImageNet weights and the published DOLG weights load.
 """
 
+import copy
 import math
+import re
+from collections.abc import Mapping
 
 from torch import Tensor, nn
+
+from model.folding import FusedConv, How
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 BASIC_DEPTHS = (18, 34)
@@ -28,8 +33,8 @@ class BasicTransform(nn.Module):
         self.b_bn = nn.BatchNorm2d(out_width, **bn)
 
     @property
-    def final_bn(self) -> nn.BatchNorm2d:
-        return self.b_bn
+    def convolutions(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        return [(self.a, self.a_bn), (self.b, self.b_bn)]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b_bn(self.b(self.a_relu(self.a_bn(self.a(x)))))
@@ -62,8 +67,8 @@ class BottleneckTransform(nn.Module):
         self.c_bn = nn.BatchNorm2d(out_width, **bn)
 
     @property
-    def final_bn(self) -> nn.BatchNorm2d:
-        return self.c_bn
+    def convolutions(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        return [(self.a, self.a_bn), (self.b, self.b_bn), (self.c, self.c_bn)]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a_relu(self.a_bn(self.a(x)))
@@ -86,6 +91,21 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.proj is None else self.bn(self.proj(x))
         return self.relu(shortcut + self.f(x))
+
+
+class ArrangedBlock(nn.Module):
+    """`ResBlock` for inference. Without projection it overwrites its input."""
+
+    def __init__(self, block: ResBlock, how: How):
+        super().__init__()
+        self.proj = None if block.proj is None else FusedConv.of(block.proj, block.bn, how=how)
+        *inner, last = block.f.convolutions
+        self.inner = nn.Sequential(*(FusedConv.of(conv, bn, how=how, relu=True) for conv, bn in inner))
+        self.last = FusedConv.of(*last, how=how, relu=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.proj is None else self.proj(x)
+        return self.last(self.inner(x), shortcut)
 
 
 class Stem(nn.Module):
@@ -160,12 +180,46 @@ class ResNet(nn.Module):
         if zero_init_final_gamma:
             for module in self.modules():
                 if isinstance(module, ResBlock):
-                    nn.init.zeros_(module.f.final_bn.weight)
+                    nn.init.zeros_(module.f.convolutions[-1][1].weight)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] -> f3 [B, widths[2], ~H/16, ~W/16], f4 [B, widths[3], ~H/32, ~W/32]."""
         f3 = self.s3(self.s2(self.s1(self.stem(images))))
         return f3, self.s4(f3)
+
+    def arranged(self, how: How) -> "ArrangedResNet":
+        return ArrangedResNet(self, how)
+
+    @staticmethod
+    def recognise(state: Mapping[str, Tensor]) -> dict[str, object]:
+        """The settings that keys and shapes of a backbone's state dict show, by their configuration keys."""
+        names = [{match[1] for key in state if (match := re.match(rf"s{n}\.(b\d+)\.", key))} for n in (1, 2, 3, 4)]
+        blocks = tuple(len(stage) for stage in names)
+        basic = "s1.b1.f.c.weight" not in state
+        facts: dict[str, object] = {}
+        if all(blocks):
+            depths = [d for d in BLOCKS if BLOCKS[d] == blocks and (d in BASIC_DEPTHS) == basic]
+            kind = "basic" if basic else "bottleneck"
+            facts["MODEL.DEPTH"] = depths[0] if depths else f"unknown ({kind} blocks {list(blocks)})"
+        inner = state.get("s1.b1.f.b.weight")
+        if not basic and inner is not None and inner.dim() == 4 and inner.numel():
+            facts |= {"RESNET.NUM_GROUPS": inner.shape[0] // inner.shape[1], "RESNET.WIDTH_PER_GROUP": inner.shape[1]}
+        return facts
+
+
+class ArrangedResNet(nn.Module):
+    """`ResNet` for inference: batch norm within the convolutions, ReLU and the sum of a block fused into them."""
+
+    def __init__(self, backbone: ResNet, how: How):
+        super().__init__()
+        stem = FusedConv.of(backbone.stem.conv, backbone.stem.bn, how=how, relu=True)
+        early = [ArrangedBlock(block, how) for block in (*backbone.s1, *backbone.s2, *backbone.s3)]
+        self.to_f3 = nn.Sequential(stem, copy.deepcopy(backbone.stem.pool), *early)
+        self.to_f4 = nn.Sequential(*(ArrangedBlock(block, how) for block in backbone.s4))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        f3 = self.to_f3(images)
+        return f3, self.to_f4(f3)  # which begins with a projection, and so leaves f3 as it is
 
 
 def init_convolutions(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ from yacs.config import CfgNode
 
 from core.base.errors import UserError
 from core.base.safe_yaml import YamlError, read_yaml
-from core.config_checks import BASIC_DEPTHS
+from model.backbones import BACKBONES
 
 FITTING = "pretrained/README.md names ImageNet weights that fit"
 OTHER_FAMILIES = {"regnet": "a RegNet", "effnet": "an EfficientNet", "vit": "a vision transformer"}
@@ -36,11 +36,11 @@ def network_settings(saved: Mapping, *, source: str) -> dict[str, bool | float]:
     """Settings of ours that change what a network computes without changing a shape, as the saved run used them.
 
     A saved configuration also holds settings that its run never read: `RESNET.*` of an `anynet`, say.
-    Raises `UserError` for a network that is no ResNet.
+    Raises `UserError` for a family of networks that model/backbones.py does not have.
     """
     used: dict[str, bool | float] = {}
-    kind, stride = _at(saved, "MODEL.TYPE"), _at(saved, "RESNET.STRIDE_1X1")
-    if isinstance(kind, str) and kind in OTHER_FAMILIES:
+    kind = _at(saved, "MODEL.TYPE")
+    if isinstance(kind, str) and kind in OTHER_FAMILIES and kind not in BACKBONES:
         family = OTHER_FAMILIES[kind]
         raise UserError(f"{source}: weights of {family} (MODEL.TYPE {kind}), not of a ResNet; {FITTING}")
     activation = _at(saved, "MODEL.ACTIVATION_FUN")
@@ -50,8 +50,9 @@ def network_settings(saved: Mapping, *, source: str) -> dict[str, bool | float]:
         _check_anynet(_at(saved, "ANYNET"), source)
         if _at(saved, "ANYNET.BLOCK_TYPE") != "res_basic_block":
             used["RESNET.STRIDE_1X1"] = False  # its stride is in the 3x3 convolution
-    elif kind in (None, "resnet") and isinstance(stride, bool) and not _is_basic(saved):
-        used["RESNET.STRIDE_1X1"] = stride
+    else:
+        flags = {key: _at(saved, key) for key in _flags(kind or "resnet", _at(saved, "MODEL.DEPTH"))}
+        used |= {key: value for key, value in flags.items() if isinstance(value, bool)}
     if (eps := _number(_at(saved, "BN.EPS"))) is not None:
         used["BN.EPS"] = eps
     return used
@@ -64,9 +65,13 @@ def _number(value: object) -> float | None:
         return None
 
 
-def _is_basic(saved: Mapping) -> bool:
-    """Basic blocks have no 1x1 convolution."""
-    return _at(saved, "MODEL.DEPTH") in BASIC_DEPTHS or _at(saved, "RESNET.TRANS_FUN") == "basic_transform"
+def _flags(kind: object, depth: object) -> list[str]:
+    """The flags (see `Backbone`) that a network of this MODEL.TYPE and MODEL.DEPTH reads."""
+    backbone = BACKBONES.get(kind) if isinstance(kind, str) else None
+    if backbone is None:
+        return []
+    size = backbone.sizes.get(depth) if isinstance(depth, int) else None
+    return [key for key in backbone.flags if size is None or key not in size.unread]
 
 
 def _check_anynet(anynet: object, source: str) -> None:
@@ -89,7 +94,7 @@ def check_saved_settings(saved_cfg: object, cfg: CfgNode, path: Path) -> list[st
         if there != here:
             raise UserError(f"{path}: trained with {key} {there}, here it is {here}: set {key} {there}")
     kind = _at(saved, "MODEL.TYPE")
-    if kind not in (None, "resnet", "anynet"):
+    if kind not in (None, "anynet", *BACKBONES):
         return [f"{path}: trained with MODEL.TYPE {kind}, which is not known here: STRIDE_1X1 is not checked"]
     return []
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.backbones import BACKBONES
 from model.weights.reading import WeightsError, read_weight_file
 
 DDP = "module."
@@ -39,8 +40,6 @@ OTHER_CODES = (
         "weights of an EfficientNet, a RegNetY or a transformer, not of a ResNet",
     ),
 )
-DEPTHS = {("basic", (2, 2, 2, 2)): 18, ("basic", (3, 4, 6, 3)): 34}
-DEPTHS |= {("bottleneck", b): d for d, b in {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}.items()}
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
@@ -88,7 +87,7 @@ def normalise_names(content: Mapping, *, source: str) -> dict[str, Tensor]:
         state = {key.removeprefix(DDP): value for key, value in state.items()}
     if foreign := _another_code(state):
         raise WeightsError(f"{source}: {foreign}")
-    if any(key.startswith("stem.") for key in state):
+    if any(key.startswith(f"{backbone.stages[0]}.") for backbone in BACKBONES.values() for key in state):
         state = {key if key.startswith(IMAGENET_CLASSIFIER) else BACKBONE + key: v for key, v in state.items()}
     return dict(state)
 
@@ -120,18 +119,7 @@ def architecture(state: Mapping[str, Tensor]) -> dict[str, object]:
 
     A fact the state does not show (the fusion of a bare backbone, say) is absent.
     """
-    blocks = [
-        len({match[1] for key in state if (match := re.match(rf"globalmodel\.s{stage}\.(b\d+)\.", key))})
-        for stage in (1, 2, 3, 4)
-    ]
-    kind = "bottleneck" if f"{BACKBONE}s1.b1.f.c.weight" in state else "basic"
-    facts: dict[str, object] = {}
-    if all(blocks):
-        facts["MODEL.DEPTH"] = DEPTHS.get((kind, tuple(blocks)), f"unknown ({kind} blocks {blocks})")
-    inner = _shape(state, f"{BACKBONE}s1.b1.f.b.weight", dims=4)
-    if kind == "bottleneck" and inner:
-        facts["RESNET.NUM_GROUPS"] = inner[0] // inner[1]
-        facts["RESNET.WIDTH_PER_GROUP"] = inner[1]
+    facts = _backbone_facts(state)
     if fc := _shape(state, "fc.weight", dims=2):
         facts["MODEL.FUSION"] = "orthogonal" if "fc_t.weight" in state else "global"
         facts["MODEL.WITH_MA"] = any(key.startswith("localmodel.aspp.") for key in state)
@@ -141,6 +129,14 @@ def architecture(state: Mapping[str, Tensor]) -> dict[str, object]:
     if classes := _shape(state, CLASS_MATRIX, dims=2):
         facts["MODEL.NUM_CLASSES"] = classes[0]
     return facts
+
+
+def _backbone_facts(state: Mapping[str, Tensor]) -> dict[str, object]:
+    state = {key.removeprefix(BACKBONE): value for key, value in state.items() if key.startswith(BACKBONE)}
+    for name, backbone in BACKBONES.items():
+        if facts := backbone.layers().recognise(state):
+            return {"MODEL.TYPE": name, **facts}
+    return {}
 
 
 def _shape(state: Mapping[str, Tensor], key: str, *, dims: int) -> tuple[int, ...]:

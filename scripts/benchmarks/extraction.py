@@ -11,14 +11,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from core.config import get_cfg
+from core.builders import build_descriptor
+from core.config import get_cfg, load_cfg
 from core.step import set_float32_precision
 from datasets.images.decode import decode
 from datasets.transforms import normalise, resize_bilinear
 from evaler.extraction.multiscale import describe_batch
 from model.dolg import DOLG
 from model.inference import for_inference
-from model.resnet import ResNet
 from scripts.benchmarks.timing import Case, compare
 from scripts.benchmarks.training import default_device, write_photographs
 
@@ -86,7 +86,8 @@ def _photograph(height: int, width: int) -> np.ndarray:
 def _network(depth: int, photograph: np.ndarray) -> DOLG:
     """With random weights, and BN statistics of a photograph, so that no map vanishes or explodes."""
     torch.manual_seed(0)
-    network = DOLG(ResNet(depth, bn_momentum=1.0), with_ma=True, bn_momentum=1.0)
+    settings = {"MODEL.DEPTH": depth, "MODEL.WITH_MA": True, "BN.MOM": 1.0, "RESNET.STRIDE_1X1": False, "NUM_GPUS": 0}
+    network = build_descriptor(load_cfg(None, [str(part) for setting in settings.items() for part in setting]))
     small = cv2.resize(photograph, (256, 192), interpolation=cv2.INTER_AREA).astype(np.float32)
     with torch.no_grad():
         network.train()(torch.from_numpy(normalise(small))[None])

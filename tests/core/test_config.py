@@ -4,7 +4,6 @@ import os
 import re
 import time
 import tokenize
-from pathlib import Path
 
 import pytest
 import yaml
@@ -12,8 +11,7 @@ from yacs.config import CfgNode
 
 from core import config_checks, config_values
 from core.config import ConfigError, get_cfg, load_cfg
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.small_run import ROOT, python, script
 
 # The release's only recipe, resnet101_delg_8gpu.yaml.
 PUBLISHED = """
@@ -153,7 +151,7 @@ def test_the_published_recipe_loads_as_it_is(load):
     changed = leaves(yaml.safe_load(PUBLISHED))
     assert len(changed) == 34
     assert {key: value for key, value in leaves(cfg).items() if key in changed} == changed
-    others = {key: value for key, value in leaves(get_cfg()).items() if key not in changed}
+    others = {key: value for key, value in leaves(load_cfg(None)).items() if key not in changed}
     assert {key: value for key, value in leaves(cfg).items() if key not in changed} == others
 
 
@@ -323,7 +321,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="more than the 200,000 characters"):
         load_cfg(tmp_path / "huge.yaml")
     (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert load_cfg(tmp_path / "empty.yaml") == get_cfg()
+    assert load_cfg(tmp_path / "empty.yaml") == load_cfg(None)
 
 
 def test_yaml_executes_nothing(load, tmp_path):
@@ -350,11 +348,15 @@ def test_an_odd_number_of_overrides(load, overrides):
         ("NUM_GPUS -1", ["NUM_GPUS"]),
         ("MODEL.TYPE regnet", ["MODEL.TYPE regnet", "resnet"]),
         ("MODEL.DEPTH 49", ["MODEL.DEPTH 49", "18, 34, 50, 101, 152"]),
-        ("MODEL.DEPTH 18", ["MODEL.DEPTH 18", "basic_transform"]),
-        ("MODEL.DEPTH 18 RESNET.TRANS_FUN basic_transform", ["S3_DIM 256", "S4_DIM 512"]),
+        ("MODEL.DEPTH 18 RESNET.TRANS_FUN bottleneck_transform", ["TRANS_FUN bottleneck_", "DEPTH 18", "basic_tr"]),
+        ("MODEL.DEPTH 18 MODEL.S4_DIM 2048", ["MODEL.S4_DIM 2048", "a ResNet of MODEL.DEPTH 18", "has 512"]),
+        ("MODEL.DEPTH 18 RESNET.NUM_GROUPS 32", ["RESNET.NUM_GROUPS 32", "MODEL.DEPTH 18"]),
+        ("RESNET.NUM_GROUPS 0", ["RESNET.NUM_GROUPS is 0"]),
         ("RESNET.TRANS_FUN basic_transform", ["MODEL.DEPTH 50", "bottleneck_transform"]),
-        ("MODEL.S3_DIM 256", ["MODEL.S3_DIM 256"]),
+        ("RESNET.TRANS_FUN none", ["RESNET.TRANS_FUN none", "bottleneck_transform"]),
+        ("MODEL.S3_DIM 256", ["MODEL.S3_DIM 256", "has 1024", "leave the key out"]),
         ("MODEL.HEADS.IN_FEAT 1024", ["MODEL.HEADS.IN_FEAT 1024", "2048"]),
+        ("MODEL.DEPTH 18 MODEL.HEADS.IN_FEAT 2048", ["MODEL.HEADS.IN_FEAT 2048", "FUSION orthogonal has 512"]),
         ("MODEL.FUSION global MODEL.WITH_MA True", ["MODEL.FUSION global", "MODEL.WITH_MA"]),
         ("MODEL.FUSION sum", ["MODEL.FUSION sum", "orthogonal, global"]),
         ("MODEL.HEADS.CLS_LAYER sphereface", ["MODEL.HEADS.CLS_LAYER sphereface", "arcface, curricularface, cosine"]),
@@ -407,6 +409,7 @@ def test_contradictions_are_refused(overrides, named):
     "overrides",
     [
         "MODEL.DEPTH 34 RESNET.TRANS_FUN basic_transform MODEL.S3_DIM 256 MODEL.S4_DIM 512 MODEL.HEADS.IN_FEAT 512",
+        "MODEL.DEPTH 18",
         "RESNET.NUM_GROUPS 32 RESNET.WIDTH_PER_GROUP 4",
         "MODEL.FUSION global",
         "OPTIM.NESTEROV False OPTIM.DAMPENING 0.5 OPTIM.MOMENTUM 0",
@@ -455,6 +458,7 @@ def attribute_chains(source: str) -> set[str]:
 
 def test_every_key_is_read_somewhere_or_reported_as_ignored():
     files = [*(ROOT / "core").rglob("*.py"), *(ROOT / "evaler").rglob("*.py"), ROOT / "train.py"]
+    files.append(ROOT / "model" / "backbones.py")
     read = set().union(*(attribute_chains(path.read_text()) for path in files if path.name != "config.py"))
     assert sorted(key for key in leaves(get_cfg()) if key not in read) == []
 
@@ -589,3 +593,27 @@ def test_the_settings_files_that_ended_in_tracebacks(shared):
     for name in ("bad_date.yaml", "deep_nesting.yaml", "map_tag_on_scalar.yaml"):
         with pytest.raises(ConfigError, match=f"{name} line 1: not valid YAML"):
             load_cfg(shared / "cases" / name)
+
+
+# ------------------------------------------------------------------------------------- what the backbone decides
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("MODEL.DEPTH 101", [1024, 2048, 2048, "bottleneck_transform"]),
+        ("MODEL.DEPTH 34", [256, 512, 512, "basic_transform"]),
+        ("MODEL.DEPTH 50 MODEL.FUSION global", [1024, 2048, 2048, "bottleneck_transform"]),
+        ("MODEL.DEPTH 18 MODEL.FUSION global MODEL.S3_DIM 256", [256, 512, 512, "basic_transform"]),
+    ],
+)
+def test_what_the_backbone_decides_is_filled_in(overrides, expected):
+    cfg = load_cfg(None, overrides.split())
+    model = cfg.MODEL
+    assert [model.S3_DIM, model.S4_DIM, model.HEADS.IN_FEAT, cfg.RESNET.TRANS_FUN] == expected
+
+
+def test_reading_a_configuration_loads_no_torch(tmp_path):
+    program = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport core.config\ncore.config.load_cfg(None)\n"
+    ended = python(script(tmp_path, program + "assert 'torch' not in sys.modules\n"), cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr

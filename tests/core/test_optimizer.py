@@ -4,8 +4,11 @@ from torch import nn
 
 from core.builders import build_optimizer
 from core.config import load_cfg
-from core.optimizer import build_adamw, build_sgd, parameter_groups, set_learning_rate
+from core.optimizer import Frozen, build_adamw, build_sgd, parameter_groups, set_learning_rate
+from model.backbones import BACKBONES
+from model.resnet import ResNet
 
+STAGES = BACKBONES["resnet"].stages
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "nesterov": True, "weight_decay": 0.01}
 
 
@@ -135,3 +138,30 @@ def test_the_configuration_reaches_adamw():
         ((0.7, 0.8), 5.0),
         ((0.7, 0.8), None),
     ]
+
+
+# ------------------------------------------------------------------------------------- what is held still
+
+
+def backbone() -> ResNet:
+    torch.manual_seed(0)
+    return ResNet(18)
+
+
+@pytest.mark.parametrize("stages", [0, 1, 3, 5])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_what_is_frozen_does_not_change_and_the_rest_does(stages, batch_norm):
+    model = backbone()
+    frozen = Frozen(model, stages=STAGES[:stages], batch_norm=batch_norm)
+    model.train()
+    frozen.keep_statistics()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    features = model(torch.randn(2, 3, 64, 64))
+    if trained:
+        sum(f.square().mean() for f in features).backward()
+        torch.optim.SGD(trained, lr=0.1).step()
+    still = {name for name, module in model.named_modules() if batch_norm and isinstance(module, nn.BatchNorm2d)}
+    for key, value in model.state_dict().items():
+        held = key.split(".")[0] in STAGES[:stages] or key.rpartition(".")[0] in still
+        assert torch.equal(value, before[key]) == held, key

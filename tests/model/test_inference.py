@@ -13,15 +13,17 @@ from datasets.images.decode import decode
 from datasets.transforms import preprocess
 from evaler.extraction.multiscale import describe_batch
 from evaler.sources.images import crop
-from model import inference
+from model import aspp, attention, dolg, fusion, gem, inference, resnet
 from model.dolg import DOLG
-from model.folding import FusedConv, can_fuse, fold
+from model.folding import FusedConv, How, can_fuse, fold
 from model.inference import for_inference
 from model.resnet import ResNet
 from tests.small_run import ROOT, photograph, python, script
 from tests.test_goldens import BOX, GOLDENS, IMAGE, recipe_weights
 
 SCALES = (0.3535, 0.5, 0.7071, 1.0, 1.4142)
+# Wherever a test does not expect it, the plain network in place of the arranged one is a failure.
+pytestmark = pytest.mark.filterwarnings("error:.*the plain one is used")
 
 
 def randomised(network: DOLG, seed: int = 0) -> DOLG:
@@ -146,20 +148,113 @@ def test_an_unknown_precision_and_training_mode_are_refused():
         for_inference(small().train())
 
 
-def test_tf32_is_off_at_fp32_and_as_it_was_afterwards(monkeypatch):
-    seen = []
+def test_no_setting_of_torch_is_touched(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    for precision in ("fp32", "bf16"):
-        arranged = for_inference(small(), precision=precision)
-        arranged.descriptors.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-        arranged(inputs(1, 40, 40))
-    assert seen == [False, True] and torch.backends.cudnn.allow_tf32
+    seen = []
+    arranged = for_inference(small())
+    arranged.network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    arranged(inputs(1, 40, 40))
+    assert seen == [True] and torch.backends.cudnn.allow_tf32
 
 
 def test_every_batch_norm_is_gone():
     arranged = for_inference(small(with_ma=True))
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in arranged.modules())
     assert not any(parameter.requires_grad for parameter in arranged.parameters())
+
+
+# ------------------------------------------------------------------------------- a layer edited without its fast form
+
+
+def with_maximum(local: torch.Tensor, global_: torch.Tensor) -> torch.Tensor:
+    """`orthogonal_fusion`, but for the mean."""
+    return torch.cat([global_, fusion.orthogonal_component(local.amax(dim=(2, 3)), global_)], dim=1)
+
+
+def with_sigmoid(self: attention.LocalBranch, f3: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`LocalBranch.forward`, but for the activation."""
+    x = self.bn(self.conv1(f3 if self.aspp is None else self.aspp(f3)))
+    weights = torch.sigmoid(self.conv2(x.relu()))
+    return weights * nn.functional.normalize(x, dim=1), weights
+
+
+def halved_shortcut(self: resnet.ResBlock, x: torch.Tensor) -> torch.Tensor:
+    return self.relu(0.5 * (x if self.proj is None else self.bn(self.proj(x))) + self.f(x))
+
+
+def no_relu(self: resnet.BottleneckTransform, x: torch.Tensor) -> torch.Tensor:
+    return self.c_bn(self.c(self.b_bn(self.b(self.a_relu(self.a_bn(self.a(x)))))))
+
+
+def other_dilations(self: aspp.MultiAtrous, f3: torch.Tensor) -> torch.Tensor:
+    image = self.im_pool(f3).expand(-1, -1, *f3.shape[2:])
+    first, *others, last = self.aspp
+    shifted = nn.functional.conv2d(f3, last.weight, last.bias, padding=17, dilation=17)
+    return self.conv_after(torch.cat([image, first(f3), *(conv(f3) for conv in others), shifted], dim=1))
+
+
+EDITS = {
+    "fusion": (dolg, "orthogonal_fusion", with_maximum),
+    "attention": (attention.LocalBranch, "forward", with_sigmoid),
+    "multi-atrous": (aspp.MultiAtrous, "forward", other_dilations),
+    "block": (resnet.ResBlock, "forward", halved_shortcut),
+    "transform": (resnet.BottleneckTransform, "forward", no_relu),
+}
+
+
+@pytest.mark.parametrize(
+    "edit, precision", [(edit, p) for edit in EDITS for p in ("fp32", "bf16") if (edit, p) != ("multi-atrous", "bf16")]
+)
+def test_an_edited_layer_is_followed(edit, precision, way, monkeypatch):
+    network = small(50) if edit == "transform" else small(with_ma=True)
+    images = inputs(1, 100, 310) if edit == "multi-atrous" else inputs(1)  # or the wider taps lie outside of f3
+    before = for_inference(network)(images)
+    monkeypatch.setattr(*EDITS[edit])
+    with torch.no_grad():
+        edited = network(images)
+    assert distances(edited, before).max() > 1e-9, "the edit shows"
+    with pytest.warns(UserWarning, match=f"at {precision} the network arranged for speed is .* the plain one is used"):
+        arranged = for_inference(network, precision=precision)
+    torch.testing.assert_close(arranged(images), edited, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_edited_in_both_needs_no_fallback(monkeypatch):
+    """The pooling, the linear layers and the stem's pooling are the layers themselves."""
+    network = small(with_ma=True)
+    network.globalmodel.stem.pool = nn.AvgPool2d(3, stride=2, padding=1)
+    monkeypatch.setattr(gem.GeM, "forward", lambda self, maps: maps.float().amax(dim=(2, 3)))
+    images = inputs(1)
+    with torch.no_grad():
+        edited = network(images)
+    arranged = for_inference(network)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in arranged.modules())
+    assert distances(arranged(images), edited).max() < 1e-10
+
+
+@pytest.mark.parametrize("precision", inference.DTYPES)
+def test_unedited_networks_are_well_within_the_bound(precision, way):
+    network = small(with_ma=True)
+    arranged = for_inference(network, precision=precision)
+    assert inference._distance(network, arranged) < inference.BOUNDS[precision] / 5
+
+
+def test_a_plain_network_shares_nothing_either(monkeypatch):
+    network, images = small(), inputs(1)
+    monkeypatch.setattr(*EDITS["fusion"])
+    with pytest.warns(UserWarning):
+        arranged = for_inference(network)
+    first = arranged(images)
+    with torch.no_grad():
+        network.fc.weight.zero_()
+    assert torch.equal(arranged(images), first) and not any(p.requires_grad for p in arranged.parameters())
+    assert network.fc.weight.requires_grad
+
+
+def test_a_network_that_gives_nothing_finite_is_left_to_those_who_describe():
+    network = small()
+    with torch.no_grad():
+        network.fc.bias.fill_(torch.nan)
+    assert for_inference(network)(inputs(1)).isnan().all()
 
 
 # ----------------------------------------------------------------------------------------------- one convolution
@@ -187,7 +282,7 @@ def test_fused_and_plain_convolutions_agree(relu, with_sum):
     weight, bias, x = torch.randn(16, 8, 3, 2), torch.randn(16), torch.randn(2, 8, 20, 15)
     x = x.contiguous(memory_format=torch.channels_last)
     plain, fused = (
-        FusedConv(weight, bias, dtype=torch.float32, fused=fused, relu=relu, **geometry) for fused in (False, True)
+        FusedConv(weight, bias, how=How(torch.float32, fused), relu=relu, **geometry) for fused in (False, True)
     )
     add = torch.randn_like(plain(x)) if with_sum else None
     wanted = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), *geometry.values())

@@ -367,6 +367,7 @@ def test_fusion_both_ways():
 def test_architecture_by_configuration_keys():
     facts = architecture(classifier(with_ma=True, classes=7, body=backbone(groups=2)).state_dict())
     assert facts == {
+        "MODEL.TYPE": "resnet",
         "MODEL.DEPTH": 50,
         "RESNET.NUM_GROUPS": 2,
         "RESNET.WIDTH_PER_GROUP": 2,
