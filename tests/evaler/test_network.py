@@ -60,11 +60,10 @@ def test_a_program_that_loads_a_network_keeps_its_settings(tmp_path, host, cfg):
 def operators_apart(monkeypatch):
     """A program that sets the precision of convolutions alone, which PyTorch's common name cannot tell."""
     cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    allowed = cudnn.allow_tf32
     cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "ieee", "tf32"
     yield
-    cudnn.allow_tf32 = True
-    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
+    cudnn.allow_tf32 = allowed  # of both operators
 
 
 @pytest.mark.parametrize("setting", ["host", "operators_apart"])
