@@ -11,6 +11,7 @@ from core.base.json_files import write_json
 from evaler.scoring.score import SAME, Score, read
 
 SAMPLES = 10_000
+PER_QUERY = {"mAP": "AP", "mAP@100": "AP@100"}  # what a metric is the mean of
 AT_ONCE = 2**20  # values drawn at once: a labelled set has as many queries as images
 CONFIDENCE = 95  # percent
 TELLS_NOTHING = ("weights", "extracted_by", "scored_by")  # where the file lay, and which code
@@ -103,7 +104,7 @@ def table(result: dict, score: Score, *, most: int) -> str:
     for key, setting in score.settings.items():
         changed = [row for row in result.get(key, {}).get("queries", [])[:most] if row[1] != row[2]]
         if changed:
-            lines += ["", f"{setting.name}: queries that changed most ({score.metric.removeprefix('m')})"]
+            lines += ["", f"{setting.name}: queries that changed most ({PER_QUERY.get(score.metric, score.metric)})"]
             lines += [f"  {query:<32}{one:>8.2f}{other:>8.2f}{other - one:>+9.2f}" for query, one, other in changed]
     return "\n".join(line.rstrip() for line in lines)
 
