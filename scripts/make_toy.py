@@ -15,7 +15,9 @@ from core.base.errors import entry_point
 def main(argv: list[str] | None = None) -> None:
     from datasets.toy.landmarks import contact_sheet, generate  # here: a missing package is told in one line
 
-    parser = argparse.ArgumentParser(description="Make the toy landmarks in DIR/toy; what is there already is kept.")
+    parser = argparse.ArgumentParser(
+        description="Make the toy landmarks in DIR/toy; a set of the same options is kept, another is replaced."
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the set is written to DIR/toy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-landmarks", type=int, default=56)

@@ -25,9 +25,8 @@ def add(folder: Path, collection: str, other: Path) -> int:
     check_alike(str(folder), one, str(other), two, Purpose.ADDABLE)
     differing = one.provenance.differing(two.provenance, Purpose.SAME_RUN)
     if differing:
-        print(
-            f"note: {other} differs in {', '.join(differing)}, which the set does not tell from now on", file=sys.stderr
-        )
+        keys = ", ".join(differing)
+        print(f"note: {other} differs in {keys}, no longer recorded for the merged set", file=sys.stderr)
     double = sorted(set(one.names) & set(two.names))
     if double:
         raise FeaturesError(f"{other}: {some(double)} is in {folder} already; nothing is added")

@@ -42,7 +42,10 @@ def describe_files(cfg: CfgNode, features: Features, paths: Sequence[Path]) -> t
     differing = features.provenance.differing(provenance, Purpose.SEARCHABLE)
     if differing:
         difference = ", ".join(f"{key} {there} there, {here} here" for key, (there, here) in differing.items())
-        raise FeaturesError(f"the set was described in another way than the query would be: {difference}")
+        raise FeaturesError(
+            f"the set was described in another way than the query would be: {difference}; give the settings (INFER, "
+            "MODEL) that the set was extracted with"
+        )
     names, limits = [str(path) for path in paths], limits_of(cfg)
     images = ImageList(names, LooseFiles("", names))
     pictures = Pictures(images, limits, on_gpu=nvjpeg() if cfg.INFER.GPU_JPEG else None)

@@ -83,7 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     if own_images and refinement:
         raise UserError("SCORE's post-processing is not applied to INFER.IMAGES; leave it out")
     if args.unprocessed and (args.against or not refinement):
-        raise UserError("--unprocessed shows one run without and with the steps that SCORE names: name some, one run")
+        raise UserError(
+            "--unprocessed compares one run with and without refinement: set a key of SCORE, leave --against out"
+        )
     if not own_images and not names:
         raise UserError("nothing to show: name sets in INFER.DATASETS, or images in INFER.IMAGES")
     if args.out and len(names) > 1:

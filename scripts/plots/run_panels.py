@@ -87,7 +87,7 @@ def _training_panel(axes: "Axes", *, runs: list[RunCurves], key: str) -> None:
             mean = smooth(x, y, min(1.0, (x[-1] - x[0]) / 20))
             if len(runs) <= 3:  # more would be mud
                 axes.plot(x, y, color=COLOURS[number], linewidth=0.5, alpha=0.3 if len(runs) == 1 else 0.18)
-            axes.plot(x, mean, color=COLOURS[number], linewidth=1.4)
+            axes.plot(x, mean, color=COLOURS[number], linewidth=1.4, marker=_marker(x))
             shown += [mean.min(), mean.max()]
             ceiling = 1.5 * mean.max()
         x, y = _validation_curve(run, key)
@@ -107,13 +107,19 @@ def _training_panel(axes: "Axes", *, runs: list[RunCurves], key: str) -> None:
     _list_best(axes, "lowest in validation", sorted(best, key=lambda b: b.value), "upper right", unit)
 
 
+def _marker(x: np.ndarray) -> str | None:
+    """A line of one point would not be seen."""
+    return "o" if len(x) == 1 else None
+
+
 def _rate_panel(axes: "Axes", *, runs: list[RunCurves]) -> None:
     shown = []
     for number, run in enumerate(runs):
         x, y = _training_curve(run, "lr")
         if len(x):
             # Equal schedules lie on each other: the later, the thinner.
-            axes.plot(x, y, color=COLOURS[number], linewidth=1.4 + 0.5 * (len(runs) - 1 - number))
+            width = 1.4 + 0.5 * (len(runs) - 1 - number)
+            axes.plot(x, y, color=COLOURS[number], linewidth=width, marker=_marker(x))
             shown += [y.min(), y.max()]
     lowest, highest = min(shown), max(shown)
     if 0 < 50 * lowest < highest:

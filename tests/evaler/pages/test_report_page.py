@@ -206,7 +206,7 @@ def test_before_and_after_post_processing(runs, capsys):
     main(with_options(arguments, "--out", root / "plain.html"))
     before, after = (content["queries"][0]["runs"][i]["found"] for i in (0, 1))
     assert sorted(row[0] for row in before[:5]) == sorted(row[0] for row in after[:5])
-    assert "--unprocessed shows one run" in refused(capsys, *with_options(arguments, "--unprocessed"))
+    assert "--unprocessed compares one run" in refused(capsys, *with_options(arguments, "--unprocessed"))
 
 
 @pytest.mark.parametrize(
