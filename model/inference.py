@@ -36,21 +36,24 @@ def for_inference(network: DOLG, *, precision: str = "fp32", compiled: bool = Fa
         raise ModelError(f"precision {precision!r} is none of {', '.join(DTYPES)}")
     assert not network.training, "BN is folded with its running statistics: eval mode"
     device = next(network.parameters()).device
-    dtype = DTYPES[precision]
-    # The compiler finds fusions of its own in plain operations.
-    how = How(dtype, fused=not compiled and can_fuse(device, dtype))
-    with torch.no_grad():
-        arranged = Inference(_arranged(network, how).to(device), dtype)
-        distance = _distance(network, arranged)
-    rounds = precision == "fp32" and device.type == "cuda" and torch.backends.cudnn.allow_tf32
-    bound = BOUNDS["fp16" if rounds else precision]  # TF32 has the mantissa of float16
-    if not distance <= bound:
-        warnings.warn(
-            f"at {precision} the network arranged for speed is {distance:.1e} from the plain one, more than {bound:g}: "
-            "the plain one is used, which is slower",
-            stacklevel=2,
-        )
-        arranged = Inference(copy.deepcopy(network).float(), torch.float32)
+    rounds = device.type == "cuda" and torch.backends.cudnn.allow_tf32  # to the mantissa of float16
+    # Float32 first, whatever is asked for: it tells an edited layer from rounding.
+    for name in dict.fromkeys(("fp32", precision)):
+        dtype = DTYPES[name]
+        # The compiler finds fusions of its own in plain operations.
+        how = How(dtype, fused=not compiled and can_fuse(device, dtype))
+        with torch.no_grad():
+            arranged = Inference(_arranged(network, how).to(device), dtype)
+            distance = _distance(network, arranged, halves=name == "fp32" and not rounds)
+        bound = BOUNDS["fp16" if name == "fp32" and rounds else name]
+        if not distance <= bound:
+            warnings.warn(
+                f"at {name} the network arranged for speed is {distance:.1e} from the plain one, more than {bound:g}: "
+                "the plain one is used, which is slower",
+                stacklevel=2,
+            )
+            arranged = Inference(copy.deepcopy(network).float(), torch.float32)
+            break
     arranged.requires_grad_(False).eval()
     if compiled:
         arranged.network.compile(dynamic=True)
@@ -85,17 +88,19 @@ def _arranged(network: DOLG, how: How) -> DOLG:
 
 
 @torch.inference_mode()
-def _distance(network: DOLG, arranged: Inference) -> float:
-    """How far apart they are for one image of noise: half the squared distance over the squared length, which is
-    1 - cosine where the lengths agree. The largest of the descriptor's, and those of its global and its local half
-    before `fc`, one of which may weigh little. 0 where the network itself gives nothing finite to compare with.
+def _distance(network: DOLG, arranged: Inference, *, halves: bool) -> float:
+    """How far apart their descriptors of one image of noise are: half the squared distance over the squared length,
+    which is 1 - cosine where the lengths agree. With `halves` the largest of that and of the global and the local half
+    before `fc`, one of which may weigh little; the local one may nearly vanish, and below float32 is then mostly
+    rounding. 0 where the network itself gives nothing finite to compare with.
     """
     noise = torch.randn(1, 3, *CHECKED_SIZE, generator=torch.Generator().manual_seed(0))
     parameter = next(network.parameters())
     expected, given = network.fused(noise.to(parameter)), arranged.network.fused(arranged.prepared(noise.to(parameter)))
-    halves = 1 if network.localmodel is None else 2
-    pairs = zip(expected.chunk(halves, dim=1), given.chunk(halves, dim=1), strict=True)
-    pairs = [*pairs, (network.fc(expected), arranged.network.fc(given))]
+    pairs = [(network.fc(expected), arranged.network.fc(given))]
+    if halves:
+        count = 1 if network.localmodel is None else 2
+        pairs += zip(expected.chunk(count, dim=1), given.chunk(count, dim=1), strict=True)
     if not all(whole.isfinite().all() for whole, _ in pairs):
         return 0.0
     squares = [(a - b).square().sum() / (2 * a.square().sum()).clamp_min(torch.finfo(a.dtype).tiny) for a, b in pairs]
