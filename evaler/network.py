@@ -8,6 +8,7 @@ import contextlib
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,6 +57,7 @@ class Network:
         return Provenance(
             weights=str(self.weights),
             weights_sha256=sha256_file(self.weights),
+            backbone=None if cfg.MODEL.TYPE == "resnet" else cfg.MODEL.TYPE,
             depth=cfg.MODEL.DEPTH,
             with_ma=cfg.MODEL.WITH_MA,
             fusion=cfg.MODEL.FUSION,
@@ -176,5 +178,6 @@ def claim_process(cfg: CfgNode) -> torch.device:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(cfg.INFER.THREADS)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # not the line of source below it
     torch.backends.cudnn.allow_tf32 = False  # or cuDNN rounds the inputs of float32 convolutions to 10 bits
     return device

@@ -91,7 +91,9 @@ def test_it_trains_resumes_and_describes(settings, fusion, tmp_path, capsys):
     (tmp_path / "some.yaml").touch()
     photos = tmp_path / "data" / "tiny" / "val"
     extract.main(["--cfg", str(tmp_path / "some.yaml"), *overrides(settings, {"INFER.IMAGES": photos})])
-    described = features.load(tmp_path / "out" / "features" / "val", "images").vectors
+    collection = features.load(tmp_path / "out" / "features" / "val", "images")
+    described = collection.vectors
+    assert (collection.provenance.backbone, collection.provenance.depth) == ("plain", 2)
     describe = load(checkpoints(tmp_path / "out")[-1])
     assert described.shape == (3, 8)
     np.testing.assert_array_equal(describe(sorted(photos.iterdir())), described)

@@ -20,7 +20,6 @@ ALLOWED = {
     "evaler/network.py claim_process": "called by a command's main",
     "evaler/network.py _tf32_off": "for the time of a call, and put back",
     "evaler/during_training.py _untimed": "training's process; put back afterwards",
-    "model/inference.py": "for the time of a call, and put back",
     "datasets/worker.py": "a worker's process",
     "datasets/loader.py": "a worker's process",
     "datasets/toy/landmarks.py": "a worker's process",

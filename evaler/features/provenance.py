@@ -38,6 +38,7 @@ class Provenance:
 
     weights: str | None = _setting(Decides.PLACE, str)
     weights_sha256: str | None = _setting(Decides.MEANING, str)
+    backbone: str | None = _setting(Decides.MEANING, str)  # where it is no ResNet
     depth: int | None = _setting(Decides.MEANING, int)
     with_ma: bool | None = _setting(Decides.MEANING, bool)
     fusion: str | None = _setting(Decides.MEANING, str)

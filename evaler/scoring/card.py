@@ -59,6 +59,7 @@ def make_card(
         "distractors": distractors,
         "queries_cropped": how.crop_query,
         "scales": None if how.scales is None else list(how.scales),
+        **({"backbone": how.backbone} if how.backbone else {}),
         **{key: getattr(how, key) for key in keys},
         "dim": database["dim"],
         "dtype": database["dtype"],
@@ -84,12 +85,11 @@ def line(card: Mapping) -> str:
     weights = f"weights {(card['weights_sha256'] or 'unknown')[:8]}"
     after = " + ".join(card["post_processing"]) or "no post-processing"
     official = {False: ", NOT the official labels"}.get(card["ground_truth_official"], "")
-    network = (
-        f"R{card['depth']} {card['fusion']}{' MA' if card['with_ma'] else ''}" if card["depth"] else "network unknown"
-    )
+    family = f"{card['backbone']} " if card.get("backbone") else "R"
+    network = f"{family}{card['depth']} {card['fusion']}{' MA' if card['with_ma'] else ''}"
     parts = [
         f"{card['set']}{with_distractors(card['distractors'])}",
-        network,
+        network if card["depth"] else "network unknown",
         weights,
         cropped,
         scales,
@@ -104,9 +104,9 @@ def line(card: Mapping) -> str:
 
 def published(card: Mapping) -> tuple[float, float] | None:
     """mAP Medium and Hard that DOLG's authors report for this set, depth, crop and number of distractors, if any."""
-    if card["distractors"] not in (0, COMPLETE) or card["fusion"] != "orthogonal" or card["post_processing"]:
+    if card.get("backbone") or card["fusion"] != "orthogonal" or card["post_processing"]:
         return None
-    if card["scales"] != PUBLISHED_SCALES:
+    if card["distractors"] not in (0, COMPLETE) or card["scales"] != PUBLISHED_SCALES:
         return None
     scores = PUBLISHED.get((card["depth"], card["queries_cropped"]), {})
     return scores.get((card["set"], card["distractors"] > 0))

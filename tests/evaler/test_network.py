@@ -1,6 +1,7 @@
 """The loader of networks: what PyTorch shares stays as the program has it, and only a command's `main` changes it."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -85,9 +86,11 @@ def test_a_describer_computes_without_tf32_and_puts_it_back(request, tmp_path, c
     assert seen == [(False, "ieee", "ieee")] * 2
 
 
-def test_a_command_sets_them(host, cfg):
+def test_a_command_sets_them(host, cfg, monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     assert network.claim_process(cfg) == torch.device("cpu")
     assert shared()[:2] == (1, False)
+    assert warnings.formatwarning("slower", UserWarning, "file.py", 3, "source") == "warning: slower\n"
 
 
 def test_a_gpu_that_is_not_there_is_noted_once(tmp_path, cfg, capsys, monkeypatch):

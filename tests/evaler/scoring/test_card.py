@@ -64,3 +64,10 @@ def test_published_numbers():
 def test_what_was_measured_otherwise_has_none_beside_it(other):
     assert published(card(**other)) is None
     assert published(card("toy")) is None
+
+
+def test_another_backbone_is_named_and_has_no_published_score():
+    other = card(backbone="plain", depth=101)
+    assert other["backbone"] == "plain" and " | plain 101 orthogonal" in line(other)
+    assert published(other) is None and published(card(depth=101)) is not None
+    assert "backbone" not in card(depth=101), "cards of a ResNet are as they were"
